@@ -1,0 +1,1 @@
+"""Edit transformer weights, ship them through ONNX, and prove that both did what was asked."""

@@ -1,0 +1,24 @@
+"""The safetensors folder: strict reading, byte-preserving staged writing, receipts."""
+
+from surgery.checkpoint.folder import (
+    CONFIG,
+    EXPORT_RECEIPT,
+    INDEX,
+    RECEIPT,
+    SINGLE,
+    Checkpoint,
+)
+from surgery.checkpoint.header import Header, TensorInfo
+from surgery.checkpoint.staging import Staging
+
+__all__ = [
+    "CONFIG",
+    "EXPORT_RECEIPT",
+    "INDEX",
+    "RECEIPT",
+    "SINGLE",
+    "Checkpoint",
+    "Header",
+    "Staging",
+    "TensorInfo",
+]

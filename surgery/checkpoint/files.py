@@ -1,0 +1,130 @@
+"""Reading files of a folder we do not trust: regular files inside it, bounded, never a hang."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import CheckpointError, quote
+
+CHUNK = 8 << 20
+"""Bytes moved at a time when files are copied or hashed."""
+
+MAX_JSON_BYTES = 64 << 20
+_MAX_FILES = 10_000
+_MAX_DEPTH = 16
+
+
+def resolve_inside(root: Path, relative: str) -> Path:
+    """The real path of `root/relative`, which must be a regular file of that folder.
+
+    Symbolic links are followed only inside `root`, or, for a hub snapshot
+    (`models--x/snapshots/<revision>`), into the `blobs` folder beside `snapshots`: that is how
+    the hub cache lays files out. Raises `CheckpointError` for links that lead elsewhere or
+    loop, and for FIFOs, devices and missing files.
+    """
+    path = root / relative
+    try:
+        real = path.resolve(strict=True)
+        mode = real.stat().st_mode
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "symbolic link loop"
+        raise CheckpointError(f"{path}: cannot be read: {reason}") from None
+    if not any(real.is_relative_to(folder) for folder in _homes(root)):
+        raise CheckpointError(f"{path}: is a link out of the folder, to {real}")
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path}: is not a regular file")
+    return real
+
+
+def _homes(root: Path) -> list[Path]:
+    real = root.resolve()
+    snapshot = real.parent.name == "snapshots"
+    return [real, real.parent.parent / "blobs"] if snapshot else [real]
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[int]:
+    """A read-only descriptor of the regular file `path`; never blocks on a FIFO."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise CheckpointError(f"{path}: is not a regular file")
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_exactly(descriptor: int, begin: int, length: int, file: str) -> bytearray:
+    """`length` bytes from `begin`; raises `CheckpointError` if the file ends before that.
+
+    Positioned reads are used, not a memory map: a file truncated underneath a map kills the
+    process with SIGBUS.
+    """
+    data = bytearray(length)
+    view, done = memoryview(data), 0
+    while done < length:
+        count = os.preadv(descriptor, [view[done : done + CHUNK]], begin + done)
+        if count == 0:
+            raise CheckpointError(f"{file}: truncated at byte {begin + done} while it was read")
+        done += count
+    return data
+
+
+def read_small(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """The whole of a regular file of at most `limit` bytes; raises `CheckpointError`."""
+    with open_regular(path) as descriptor:
+        size = os.fstat(descriptor).st_size
+        if size > limit:
+            raise CheckpointError(f"{path}: {size} bytes, more than the {limit} allowed")
+        return bytes(read_exactly(descriptor, 0, size, str(path)))
+
+
+def parse_json_object(raw: bytes, source: str) -> dict[str, Any]:
+    """`raw` as a JSON object without duplicate keys; raises `CheckpointError`."""
+    try:
+        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_pairs)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{source}: not valid JSON: {quote(error)}") from None
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{source}: expected a JSON object, found {type(parsed).__name__}")
+    return parsed
+
+
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A `json` object hook that refuses a key given twice, which the library would overwrite."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"duplicate key {twice!r}")
+    return found
+
+
+def list_files(root: Path, *, hidden: bool = False) -> list[str]:
+    """Every file below `root` as sorted relative POSIX paths; hidden folders only if asked for.
+
+    Raises `CheckpointError` past 10,000 files or 16 levels: no model folder is like that, and a
+    folder linked into itself is.
+    """
+    found: list[str] = []
+    for folder, names, files in os.walk(root, followlinks=False):
+        here = Path(folder).relative_to(root)
+        linked = [name for name in names if (Path(folder) / name).is_symlink()]
+        names[:] = [n for n in names if n not in linked and (hidden or n[0] != ".")]
+        found += [(here / name).as_posix() for name in [*files, *linked]]
+        if len(found) > _MAX_FILES or len(here.parts) > _MAX_DEPTH:
+            raise CheckpointError(f"{root}: more than {_MAX_FILES} files or {_MAX_DEPTH} levels")
+    return sorted(found)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

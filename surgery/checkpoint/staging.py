@@ -1,0 +1,128 @@
+"""A folder that appears whole or not at all: written beside its target, synced, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+from surgery.checkpoint.files import CHUNK, open_regular, read_exactly
+from surgery.errors import EnvironmentFault, OutputError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Staging:
+    """Context manager around one output folder.
+
+    On entry an empty folder is made beside `target`; `commit` syncs what was written and
+    renames it into place; leaving without a commit, for whatever reason, removes it. Raises
+    `OutputError` where the target exists and is not empty, or lies inside one of `sources`.
+    """
+
+    def __init__(self, target: Path, sources: tuple[Path, ...] = ()) -> None:
+        self.target = target.absolute()
+        for source in sources:
+            refuse_inside(self.target, source)
+        refuse_occupied(self.target)
+
+    def __enter__(self) -> Staging:
+        parent = self.target.parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            name = tempfile.mkdtemp(prefix=f".{self.target.name}.", suffix=".staging", dir=parent)
+        except OSError as error:
+            raise _output_error(parent, error) from None
+        self.path = Path(name)
+        # mkdtemp makes 0700; the folder shall have what the user's umask gives.
+        self.path.chmod(0o777 & ~_umask())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            free = shutil.disk_usage(self.target.parent).free
+            raise EnvironmentFault(
+                f"{self.target}: disk full, {free} bytes are free; nothing was written"
+            ) from error
+
+    def copy(self, source: Path, relative: str, *, prefix: bytes = b"", skip: int = 0) -> str:
+        """Copies `source` to `relative`; returns the SHA-256 of the bytes of `source`.
+
+        `prefix` replaces the first `skip` bytes (a new header before unchanged data).
+        """
+        digest = hashlib.sha256()
+        with open_regular(source) as descriptor, self._create(relative).open("xb") as output:
+            digest.update(read_exactly(descriptor, 0, skip, str(source)))
+            output.write(prefix)
+            os.lseek(descriptor, skip, os.SEEK_SET)
+            while chunk := os.read(descriptor, CHUNK):
+                digest.update(chunk)
+                output.write(chunk)
+        return digest.hexdigest()
+
+    def write(self, relative: str, data: bytes) -> str:
+        """Writes a small file; returns its SHA-256."""
+        self._create(relative).write_bytes(data)
+        return hashlib.sha256(data).hexdigest()
+
+    def commit(self) -> None:
+        """Syncs every file and folder and renames the staged folder to its target."""
+        for folder, _, files in os.walk(self.path):
+            for name in [*files, "."]:
+                _sync(Path(folder) / name)
+        refuse_occupied(self.target)
+        try:
+            self.path.rename(self.target)
+        except OSError as error:
+            raise _output_error(self.target, error) from None
+        _sync(self.target.parent)
+
+    def _create(self, relative: str) -> Path:
+        path = self.path / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def refuse_inside(target: Path, source: Path) -> None:
+    """Raises `OutputError` where `target` is `source` or lies inside it."""
+    real = source.resolve()
+    if target.resolve().is_relative_to(real):
+        raise OutputError(f"{target}: lies in {source}, which is only read; name another folder")
+
+
+def refuse_occupied(target: Path) -> None:
+    """Raises `OutputError` where `target` exists, unless it is an empty folder."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise OutputError(f"{target}: exists and is not a folder; name another output")
+    if target.is_dir() and any(target.iterdir()):
+        raise OutputError(f"{target}: exists and is not empty; name another output")
+
+
+def _output_error(path: Path, error: OSError) -> Exception:
+    if error.errno in _FULL:
+        return EnvironmentFault(f"{path}: disk full; nothing was written")
+    return OutputError(f"{path}: cannot be written: {error.strerror}; name another output")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

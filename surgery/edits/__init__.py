@@ -1,0 +1,15 @@
+"""Edits: one op, one file. The registry maps an op to the model of its recipe fields."""
+
+from surgery.edits.interface import Addition, Edit, Fields, Layout, Reader, RecipeFiles, Target
+from surgery.registry import Registry
+
+OPS: Registry[type[Fields]] = Registry(
+    "op",
+    {
+        "neurons": "surgery.edits.neurons:NeuronsFields",
+        "heads": "surgery.edits.heads:HeadsFields",
+        "sae": "surgery.edits.sae:SaeFields",
+    },
+)
+
+__all__ = ["OPS", "Addition", "Edit", "Fields", "Layout", "Reader", "RecipeFiles", "Target"]

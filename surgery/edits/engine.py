@@ -1,0 +1,42 @@
+"""Applying the edits of a plan to one tensor: pure numbers, no files.
+
+All edits of a tensor are computed in its compute dtype (float64 for F64, else float32) and
+rounded once to the stored dtype, to nearest even. Elements that no edit changed keep their
+stored bits, NaN payloads included, so that a no-op is bit-identical.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surgery.edits.interface import Array
+from surgery.errors import EditError, quote
+
+
+def round_once(tensor: str, stored: NDArray[Any], edited: Array) -> NDArray[Any]:
+    """`edited` in the dtype of `stored`, with the bits of `stored` wherever nothing changed.
+
+    Raises `EditError` naming the first element where a finite number became NaN or infinite,
+    in the computation or by overflow of the stored dtype.
+    """
+    before = stored.astype(edited.dtype)
+    same = (before == edited) | (np.isnan(before) & np.isnan(edited))
+    # -0.0 == +0.0, but writing one for the other is a change of a byte.
+    same &= np.signbit(before) == np.signbit(edited)
+    with np.errstate(over="ignore"):
+        rounded = edited.astype(stored.dtype)
+    _refuse_non_finite(tensor, before, rounded)
+    return np.where(same, stored, rounded)
+
+
+def _refuse_non_finite(tensor: str, before: Array, after: NDArray[Any]) -> None:
+    made = np.isfinite(before) & ~np.isfinite(after.astype(before.dtype))
+    if made.any():
+        index = tuple(int(i) for i in np.argwhere(made)[0])
+        raise EditError(
+            f"{quote(tensor)}: the edit turns {before[index]} at {list(index)} into {after[index]} "
+            f"as {after.dtype}; use a smaller factor or strength"
+        )

@@ -1,0 +1,309 @@
+"""`sae`: remove or add features of a sparse autoencoder, as weights.
+
+With W_dec[i] the decoder row of feature i and Q an orthonormal basis of the chosen rows:
+
+- `orthogonalize`: everything that writes to the residual stream loses its part along Q,
+  Linear W − s·QQᵀW; Conv1D, embeddings and biases W − s·WQQᵀ. The oracle projects what each
+  block writes. Exact where nothing rescales between the matrix and the stream.
+- `z_project`: for an autoencoder on concatenated head outputs z (Kissane et al., 2024), the
+  output projection stops reading Q: Linear W(I − s·QQᵀ), Conv1D (I − s·QQᵀ)W.
+- `steer_bias`: x ↦ x + s·Σ W_dec[i] at the autoencoder's hook point, held by a bias.
+
+Projection is unconditional: it is not the ablation of a feature only where it is active.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, NonNegativeInt
+
+from surgery.addresses import Region, parse_layers
+from surgery.arch import Architecture, BiasSlot
+from surgery.checkpoint import TensorInfo
+from surgery.edits.interface import (
+    Addition,
+    Array,
+    Edit,
+    Fields,
+    Layout,
+    Reader,
+    RecipeFiles,
+    Target,
+)
+from surgery.edits.saelens import CONFIG, WEIGHTS, Sae, read_sae
+from surgery.errors import EditError, RecipeError, quote
+
+STREAM_HOOKS = (
+    "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out"
+)  # fmt: skip
+Z_HOOK = "attn.hook_z"
+
+Vectors = NDArray[np.float64]
+
+
+class SaeFields(Fields):
+    """`{op: sae, sae: sae/, features: [12], patch: orthogonalize, strength: 1.0}`.
+
+    `layers` and `approximate` go with `orthogonalize` only; `center` removes the mean of each
+    decoder row first, which a LayerNorm would remove anyway.
+    """
+
+    op: Literal["sae"]
+    sae: str
+    features: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    patch: Literal["orthogonalize", "z_project", "steer_bias"] = "orthogonalize"
+    strength: float = 1.0
+    layers: str | list[NonNegativeInt] | None = None
+    approximate: bool = False
+    center: bool = False
+
+    def build(self, arch: Architecture, files: RecipeFiles) -> Edit:
+        if len(set(self.features)) != len(self.features):
+            raise RecipeError("a feature is named twice")
+        if self.patch != "orthogonalize" and (self.layers is not None or self.approximate):
+            raise RecipeError(f"layers and approximate have no meaning with patch {self.patch}")
+        folder = self.sae.rstrip("/")
+        sae = read_sae(files.path(f"{folder}/{CONFIG}"), files.path(f"{folder}/{WEIGHTS}"))
+        _check_hook(sae, arch, self.patch)
+        rows = sae.decoder_rows(self.features)
+        if self.center:
+            rows -= rows.mean(axis=1, keepdims=True)
+        if self.patch == "steer_bias":
+            return _steer(sae, arch, self.strength * rows.sum(axis=0))
+        if self.patch == "z_project":
+            return ZProject(basis(rows), self.strength, sae.layer)
+        _check_stream_norms(arch, self.approximate)
+        whole = self.layers in (None, "all")
+        layers = parse_layers(self.layers or "all", arch.layers)
+        return Orthogonalize(basis(rows), self.strength, layers, whole)
+
+
+def basis(rows: Vectors) -> Vectors:
+    """An orthonormal basis [width, rank] of the span of `rows` [k, width], in float64.
+
+    One basis, not one projection after another: the latter leaves part of the earlier rows.
+    """
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    _, singular, right = np.linalg.svd(unit, full_matrices=False)
+    return np.ascontiguousarray(right[singular > 1e-10 * singular[0]].T)
+
+
+def _check_hook(sae: Sae, arch: Architecture, patch: str) -> None:
+    hooks = {"orthogonalize": STREAM_HOOKS, "z_project": (Z_HOOK,)}
+    expected = hooks.get(patch, tuple(arch.facts.steer))
+    if sae.hook not in expected:
+        raise EditError(
+            f"{sae.weights.parent}: hooks {quote(sae.hook)}; {patch} on {arch.family} needs one of "
+            f"{', '.join(expected)}"
+        )
+    if sae.layer >= arch.layers:
+        raise EditError(
+            f"{sae.weights.parent}: hooks layer {sae.layer}; this model has layers 0 to "
+            f"{arch.layers - 1}"
+        )
+    width = arch.sizes["z_width"] if sae.hook == Z_HOOK else arch.width
+    if sae.width != width:
+        raise EditError(
+            f"{sae.weights.parent}: has width {sae.width}; this model has {width} at {sae.hook}"
+        )
+
+
+def _check_stream_norms(arch: Architecture, approximate: bool) -> None:
+    if arch.facts.post_norm and not approximate:
+        raise EditError(
+            f"orthogonalize is not exact on {arch.family}, which normalises after each write; "
+            "say approximate: true to do it all the same"
+        )
+
+
+@dataclass(frozen=True)
+class Orthogonalize(Edit):
+    """What each writer in `layers` (with `embeddings`, those too) adds loses its part in Q."""
+
+    op: ClassVar[str] = "sae"
+    q: Vectors
+    strength: float
+    layers: tuple[int, ...]
+    embeddings: bool
+
+    def targets(
+        self, arch: Architecture, tensors: Mapping[str, TensorInfo]
+    ) -> tuple[Target, ...]:
+        writers = arch.writers(self.layers, self.embeddings)
+        return tuple(Target(Region.whole(w.tensor, tensors[w.tensor].shape), "output") for w in writers)
+
+    def prepare(self, arch: Architecture, reader: Reader) -> dict[str, int]:
+        return {w.tensor: w.axis for w in arch.writers(self.layers, self.embeddings)}
+
+    def transform(self, slab: Array, where: Region, state: dict[str, int]) -> Array:
+        return project(slab, self.q, self.strength, state[where.tensor])
+
+    @contextmanager
+    def hook(self, model: Any, arch: Architecture, state: Any) -> Iterator[None]:
+        writers = {(arch.roles[w].role, arch.roles[w].layer) for w in state}
+        with ExitStack() as stack:
+            for role, layer in writers:
+                module = arch.module(model, role, layer)
+                stack.enter_context(module.register_forward_hook(self._project_output))
+            yield
+
+    def _project_output(self, module: Any, inputs: Any, output: Any) -> Any:
+        return _project_torch(output, self.q, self.strength)
+
+
+@dataclass(frozen=True)
+class ZProject(Edit):
+    """z ↦ z − s·QQᵀz before the output projection of one layer."""
+
+    op: ClassVar[str] = "sae"
+    q: Vectors
+    strength: float
+    layer: int
+
+    def targets(
+        self, arch: Architecture, tensors: Mapping[str, TensorInfo]
+    ) -> tuple[Target, ...]:
+        tensor = arch.name("o_proj", self.layer)
+        return (Target(Region.whole(tensor, tensors[tensor].shape), "input"),)
+
+    def prepare(self, arch: Architecture, reader: Reader) -> int:
+        return arch.input_axis("o_proj")
+
+    def transform(self, slab: Array, where: Region, state: int) -> Array:
+        return project(slab, self.q, self.strength, state)
+
+    def hook(
+        self, model: Any, arch: Architecture, state: Any
+    ) -> AbstractContextManager[None]:
+        def project_input(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (_project_torch(inputs[0], self.q, self.strength), *inputs[1:])
+
+        module = arch.module(model, "o_proj", self.layer)
+        handle: AbstractContextManager[None] = module.register_forward_pre_hook(project_input)
+        return handle
+
+
+@dataclass(frozen=True)
+class SteerBias(Edit):
+    """x ↦ x + vector at hook point `point` of `layer`, as a bias at `slot` (role, layer).
+
+    With `through`, the vector lives before that projection and reaches the bias through it.
+    """
+
+    op: ClassVar[str] = "sae"
+    vector: Vectors
+    layer: int
+    point: str
+    slot: BiasSlot
+    through: str | None
+
+    def layout(self, arch: Architecture) -> Layout:
+        key = self.slot.config_key
+        if key is None:
+            return Layout()
+        added = tuple(
+            Addition(name, shape, name.removesuffix("bias") + "weight")
+            for name, shape in arch.flagged_biases(key)
+        )
+        return Layout(added, {key: True})
+
+    def targets(
+        self, arch: Architecture, tensors: Mapping[str, TensorInfo]
+    ) -> tuple[Target, ...]:
+        shape = tensors[self.slot.tensor].shape
+        return (Target(Region.whole(self.slot.tensor, shape), "value"),)
+
+    def prepare(self, arch: Architecture, reader: Reader) -> Vectors:
+        if self.through is None:
+            return self.vector
+        weight = reader.read(arch.name(self.through, self.layer)).astype(np.float64)
+        return np.tensordot(weight, self.vector, axes=(arch.input_axis(self.through), 0))
+
+    def transform(self, slab: Array, where: Region, state: Vectors) -> Array:
+        return (slab + state[where.slices]).astype(slab.dtype)
+
+    def hook(
+        self, model: Any, arch: Architecture, state: Any
+    ) -> AbstractContextManager[None]:
+        def before(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (_add_torch(inputs[0], self.vector), *inputs[1:])
+
+        def after(module: Any, inputs: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (_add_torch(output[0], self.vector), *output[1:])
+            return _add_torch(output, self.vector)
+
+        return _at_hook_point(model, arch, self.point, self.layer, before, after)
+
+
+def _steer(sae: Sae, arch: Architecture, vector: Vectors) -> SteerBias:
+    if sae.normalized:
+        raise EditError(
+            f"{sae.weights.parent}: normalises its input, so its decoder is not in the model's "
+            "units; steer_bias needs normalize_activations: none"
+        )
+    fact = arch.facts.steer[sae.hook]
+    layer: int | None = sae.layer + fact.layer
+    role = fact.role
+    if sae.layer + fact.layer < 0:
+        role, layer = fact.first or "", None
+    slot = arch.bias_slot(role, layer) if role else None
+    if slot is None:
+        raise EditError(
+            f"{arch.family} has no bias at blocks.{sae.layer}.{sae.hook}, so no weight can hold "
+            "this steering"
+        )
+    return SteerBias(vector, sae.layer, sae.hook, slot, fact.through)
+
+
+def project(slab: Array, q: Vectors, strength: float, axis: int) -> Array:
+    """`slab` less `strength` times its part along `q` [width, rank] on `axis`, in slab's dtype."""
+    if strength == 0:
+        return slab
+    moved = np.moveaxis(slab, axis, -1)
+    removed = (moved @ q.astype(slab.dtype)) @ (strength * q.T).astype(slab.dtype)
+    return slab - np.moveaxis(removed, -1, axis)
+
+
+def _project_torch(x: Any, q: Vectors, strength: float) -> Any:
+    basis_ = _like(q, x)
+    return x - strength * ((x @ basis_) @ basis_.T)
+
+
+def _add_torch(x: Any, vector: Vectors) -> Any:
+    return x + _like(vector, x)
+
+
+def _like(values: Vectors, tensor: Any) -> Any:
+    """`values` as a torch tensor of the dtype and device of `tensor`."""
+    import torch
+
+    return torch.from_numpy(values).to(tensor)
+
+
+def _at_hook_point(
+    model: Any,
+    arch: Architecture,
+    point: str,
+    layer: int,
+    before: Callable[..., Any],
+    after: Callable[..., Any],
+) -> AbstractContextManager[None]:
+    """Registers `before` or `after`, whichever acts on the activation TransformerLens names."""
+    handle: AbstractContextManager[None]
+    if point == Z_HOOK:
+        handle = arch.module(model, "o_proj", layer).register_forward_pre_hook(before)
+    elif point == "hook_resid_pre":
+        handle = arch.block(model, layer).register_forward_pre_hook(before)
+    elif point == "hook_resid_post":
+        handle = arch.block(model, layer).register_forward_hook(after)
+    else:
+        role = arch.facts.steer[point].role
+        handle = arch.module(model, role, layer).register_forward_hook(after)
+    return handle

@@ -1,0 +1,93 @@
+"""Sparse autoencoders on disk in SAELens format, read from the header and the rows asked for.
+
+A folder holds `cfg.json` and `sae_weights.safetensors` with `W_dec` of shape [n, d] among its
+tensors. The hook point is `metadata.hook_name` (SAELens 6) or `hook_name` (before it).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surgery.checkpoint.dtypes import compute_dtype, numpy_dtype
+from surgery.checkpoint.files import open_regular, parse_json_object, read_exactly, read_small
+from surgery.checkpoint.header import TensorInfo, read_header
+from surgery.errors import CheckpointError, EditError, quote
+
+CONFIG = "cfg.json"
+WEIGHTS = "sae_weights.safetensors"
+
+_HOOK = re.compile(r"blocks\.(\d{1,6})\.([A-Za-z0-9_.]+)")
+
+
+@dataclass(frozen=True)
+class Sae:
+    """The frame of one autoencoder: `latents` features of `width` numbers at a hook point."""
+
+    weights: Path
+    latents: int
+    width: int
+    layer: int
+    hook: str
+    normalized: bool
+    decoder: TensorInfo
+
+    def decoder_rows(self, features: Sequence[int]) -> NDArray[np.float64]:
+        """W_dec[features] as float64 [len(features), width].
+
+        Raises `EditError` for a feature that does not exist or whose row is zero or not finite.
+        """
+        rows = np.stack([self._row(feature) for feature in features])
+        norms = np.linalg.norm(rows, axis=1)
+        for feature, norm in zip(features, norms, strict=True):
+            if not np.isfinite(norm) or norm == 0:
+                raise EditError(f"{self.weights}: decoder row {feature} has norm {norm}")
+        return rows
+
+    def _row(self, feature: int) -> NDArray[np.float64]:
+        if not 0 <= feature < self.latents:
+            raise EditError(
+                f"{self.weights}: feature {feature} is out of range 0 to {self.latents - 1}"
+            )
+        dtype = numpy_dtype(self.decoder.dtype)
+        nbytes = self.width * dtype.itemsize
+        with open_regular(self.weights) as descriptor:
+            begin = self.decoder.begin + feature * nbytes
+            raw = read_exactly(descriptor, begin, nbytes, WEIGHTS)
+        return np.frombuffer(raw, dtype).astype(np.float64)
+
+
+def read_sae(config: Path, weights: Path) -> Sae:
+    """The autoencoder of one folder; raises `CheckpointError` for a malformed one."""
+    fields = parse_json_object(read_small(config), str(config))
+    with open_regular(weights) as descriptor:
+        header = read_header(descriptor, str(weights))
+    decoder = header.tensors.get("W_dec")
+    if decoder is None or len(decoder.shape) != 2:
+        raise CheckpointError(f"{weights}: expected a tensor W_dec of shape [latents, width]")
+    compute_dtype(decoder.dtype)
+    layer, hook = _hook_point(fields, config)
+    latents, width = decoder.shape
+    declared = (fields.get("d_sae", latents), fields.get("d_in", width))
+    if declared != (latents, width):
+        raise CheckpointError(f"{config}: says {declared}, W_dec has shape {(latents, width)}")
+    normalized = fields.get("normalize_activations", "none") not in ("none", None)
+    return Sae(weights, latents, width, layer, hook, normalized, decoder)
+
+
+def _hook_point(fields: dict[str, Any], config: Path) -> tuple[int, str]:
+    metadata = fields.get("metadata")
+    name = metadata.get("hook_name") if isinstance(metadata, dict) else None
+    name = name or fields.get("hook_name")
+    match = _HOOK.fullmatch(name) if isinstance(name, str) else None
+    if match is None:
+        raise CheckpointError(
+            f"{config}: hook_name is {quote(name)}; expected one like blocks.3.hook_resid_post"
+        )
+    return int(match[1]), match[2]

@@ -1,0 +1,136 @@
+"""What a differential run found out: result types only, no verdicts and no IO.
+
+Corners are named as in the picture of the README: `T_o`, `T_e` are the original and the edited
+model in PyTorch, `R_o`, `R_e` the same two in ONNX Runtime. Floats may be NaN or infinite; that
+is evidence too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CORNERS = ("T_o", "T_e", "R_o", "R_e")
+EDGES = {"C_o": ("T_o", "R_o"), "C_e": ("T_e", "R_e")}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    stage: where in the chain (`load`, `run`, `interface`, `embedding`, `lineage`, `conversion`,
+    `interaction`, `preserve`, `target`, `coverage`); symptom: what kind (`crash`, `timeout`,
+    `nan`, `missing output`, `shape`, `dtype`, `wrong value`, `stale tensor`, ...); site: which
+    corner, tensor, output or batch; value and limit: the number found and the one allowed.
+    """
+
+    stage: str
+    symptom: str
+    site: str
+    message: str
+    value: float | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Corner:
+    """One model in one runtime: what ran and whether it ran to its end."""
+
+    runtime: str
+    model: str
+    status: str  # "ok", "crash", "timeout", "error"
+    seconds: float
+    peak_bytes: int
+    batches: int
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The error of one conversion edge for one output, over every kept real position.
+
+    Differences are ONNX Runtime minus PyTorch float32. `noise_*` are PyTorch float32 against
+    the float64 reference on the same positions; `ratio_max` and `ratio_l2` are the errors of
+    ONNX Runtime against that reference, divided by the noise (worst element, and L2 norm).
+    `kl` is the mean KL(PyTorch || ONNX Runtime) in nats per token and `flips` the number of
+    top-1 changes; both are None for outputs that are not logits.
+    """
+
+    edge: str
+    output: str
+    positions: int
+    elements: int
+    max_abs: float
+    mean_abs: float
+    max_rel: float
+    mean_rel: float
+    cosine: float
+    kl: float | None
+    flips: int | None
+    noise_max: float
+    noise_l2: float
+    ratio_max: float
+    ratio_l2: float
+    worst: str
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """I = (R_e - R_o) - (T_e - T_o) against E = T_e - T_o on one stimulus set, in float64.
+
+    `effect` and `norm` are L2 norms of E and I over the kept real positions, `ratio` is
+    norm / effect, `rho` is <I,E>/<E,E> (-1: the edit was lost, -0.5: half lost, +1: applied
+    twice), `noise` is the L2 norm that rounding alone explains, `noise_ratio` = norm / noise.
+    """
+
+    stimulus_set: str
+    output: str
+    effect: float
+    norm: float
+    ratio: float
+    rho: float
+    noise: float
+    noise_ratio: float
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One behaviour metric at every corner that ran, on one stimulus set."""
+
+    metric: str
+    stimulus_set: str
+    count: int
+    corners: dict[str, float]
+    unit: str
+
+    def change(self, runtime: str) -> float:
+        """Edited minus original in one runtime: `"T"` (PyTorch) or `"R"` (ONNX Runtime)."""
+        missing = float("nan")
+        after = self.corners.get(f"{runtime}_e", missing)
+        return after - self.corners.get(f"{runtime}_o", missing)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the edit moved one stimulus set: KL(original || edited) and top-1 flips.
+
+    `runtime` is `"T"` or `"R"`; `kl` in nats per token, `flip_rate` a share of positions.
+    """
+
+    stimulus_set: str
+    runtime: str
+    positions: int
+    kl: float
+    flip_rate: float
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything one differential run measured. `faults` need no policy to be wrong."""
+
+    corners: dict[str, Corner]
+    conversion: tuple[Conversion, ...] = ()
+    interaction: tuple[Interaction, ...] = ()
+    effects: tuple[Effect, ...] = ()
+    drift: tuple[Drift, ...] = ()
+    faults: tuple[Finding, ...] = ()
+    compared: int = 0
+    covered_rows: int = 0

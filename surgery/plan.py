@@ -1,0 +1,202 @@
+"""A recipe and a checkpoint's headers to a frozen `Plan`; no weight byte is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.arch import Architecture, extend, identify
+from surgery.checkpoint import Checkpoint, Header, TensorInfo
+from surgery.checkpoint.dtypes import EDITABLE, compute_dtype
+from surgery.checkpoint.layout import NewTensor, extended_headers, tensors_of
+from surgery.edits import Addition, Edit, Target
+from surgery.errors import EditError, InputError, RecipeError
+from surgery.recipe import Recipe, RecipeFolder, load_recipe
+
+
+@dataclass(frozen=True)
+class Step:
+    """Edit number `edit` of the recipe writes one region; `role` is that tensor's."""
+
+    edit: int
+    target: Target
+    role: str
+
+    @property
+    def tensor(self) -> str:
+        return self.target.region.tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What applying `recipe` to `base` will do.
+
+    `steps` are in recipe order; `headers` and `arch` describe the edited checkpoint; `added`
+    are tensors the base lacks; `config` the fields of config.json that change; `inputs` the
+    SHA-256 of every file the recipe read.
+    """
+
+    recipe: Recipe
+    base: Checkpoint
+    arch: Architecture
+    edits: tuple[Edit, ...]
+    steps: tuple[Step, ...]
+    headers: dict[str, Header]
+    added: tuple[NewTensor, ...]
+    config: dict[str, Any]
+    inputs: dict[str, str]
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        return tensors_of(self.headers)
+
+    def steps_of(self, tensor: str) -> tuple[Step, ...]:
+        return tuple(step for step in self.steps if step.tensor == tensor)
+
+    @property
+    def edited(self) -> tuple[str, ...]:
+        """Names of the tensors the recipe writes, in the order of the recipe."""
+        return tuple(dict.fromkeys(step.tensor for step in self.steps))
+
+    @property
+    def edited_bytes(self) -> int:
+        """Bytes of every region that is written."""
+        return sum(
+            step.target.region.size * _itemsize(self.tensors[step.tensor]) for step in self.steps
+        )
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes the edited weight files take."""
+        return sum(
+            header.data_start + sum(info.nbytes for info in header.tensors.values())
+            for header in self.headers.values()
+        )
+
+    @property
+    def peak_bytes(self) -> int:
+        """Upper estimate of the memory weights take: the largest edited tensor as stored, in
+        compute dtype before and after, and one temporary of that size."""
+        return max((_working_bytes(self.tensors[name]) for name in self.edited), default=0)
+
+
+def _itemsize(info: TensorInfo) -> int:
+    return info.nbytes // max(1, _elements(info))
+
+
+def _elements(info: TensorInfo) -> int:
+    count = 1
+    for size in info.shape:
+        count *= size
+    return count
+
+
+def _working_bytes(info: TensorInfo) -> int:
+    return info.nbytes + 3 * _elements(info) * compute_dtype(info.dtype).itemsize
+
+
+def plan(recipe: Path, model: Path, *, allow_outside: bool = False) -> Plan:
+    """The plan of the recipe file `recipe` on checkpoint folder `model`.
+
+    Raises an `InputError` naming the problem: malformed recipe or checkpoint, an address the
+    model lacks, edits that conflict, a tie that would break.
+    """
+    base = Checkpoint.open(model)
+    return make_plan(load_recipe(recipe, allow_outside=allow_outside), base)
+
+
+def make_plan(recipe: Recipe, base: Checkpoint) -> Plan:
+    """The plan of a loaded recipe on an opened checkpoint; raises `InputError`."""
+    arch = identify(base)
+    folder = RecipeFolder(recipe)
+    edits = tuple(_build(recipe, arch, folder))
+    added, config = _layouts(base, arch, edits)
+    untied = _untie(recipe, base, arch, edits, tensors_of(extended_headers(base, added)))
+    added, config = (*added, *untied[0]), config | untied[1]
+    headers = extended_headers(base, added)
+    arch = extend(arch, base.config | config, [tensor.name for tensor in added])
+    steps = _steps(recipe, arch, edits, tensors_of(headers))
+    if not recipe.allow_overlap:
+        _refuse_conflicts(recipe, steps)
+    return Plan(recipe, base, arch, edits, steps, headers, added, config, folder.digests)
+
+
+def _build(recipe: Recipe, arch: Architecture, folder: RecipeFolder) -> Iterator[Edit]:
+    for index, fields in enumerate(recipe.edits):
+        try:
+            yield fields.build(arch, folder)
+        except InputError as error:
+            raise type(error)(f"{recipe.source}: {error} @ edits[{index}]") from None
+
+
+def _layouts(
+    base: Checkpoint, arch: Architecture, edits: tuple[Edit, ...]
+) -> tuple[tuple[NewTensor, ...], dict[str, Any]]:
+    added: dict[str, NewTensor] = {}
+    config: dict[str, Any] = {}
+    for edit in edits:
+        layout = edit.layout(arch)
+        config |= layout.config
+        added |= {addition.name: _new_tensor(base, addition) for addition in layout.additions}
+    return tuple(added.values()), config
+
+
+def _new_tensor(base: Checkpoint, addition: Addition) -> NewTensor:
+    beside = base.info(addition.beside)
+    source = addition.beside if addition.copy else None
+    return NewTensor(addition.name, beside.dtype, addition.shape, beside.file, source)
+
+
+def _untie(
+    recipe: Recipe,
+    base: Checkpoint,
+    arch: Architecture,
+    edits: tuple[Edit, ...],
+    tensors: dict[str, TensorInfo],
+) -> tuple[tuple[NewTensor, ...], dict[str, Any]]:
+    """What it takes to untie the head, if an edit changes a tied embedding; else nothing."""
+    embed = arch.name(arch.facts.tie.embed)
+    head = arch.name(arch.facts.tie.head)
+    written = {target.region.tensor for edit in edits for target in edit.targets(arch, tensors)}
+    if not arch.tied or not written & {embed, head}:
+        return (), {}
+    if not recipe.untie:
+        raise EditError(
+            f"{recipe.source}: edits {embed!r}, which is also the output head of this model; "
+            "say untie: true to give the head a copy of its own first"
+        )
+    config = {"tie_word_embeddings": False}
+    if head in base.tensors:
+        return (), config
+    copy = Addition(head, base.info(embed).shape, embed, copy=True)
+    return (_new_tensor(base, copy),), config
+
+
+def _steps(
+    recipe: Recipe, arch: Architecture, edits: tuple[Edit, ...], tensors: dict[str, TensorInfo]
+) -> tuple[Step, ...]:
+    steps = []
+    for index, edit in enumerate(edits):
+        for target in edit.targets(arch, tensors):
+            name = target.region.tensor
+            if tensors[name].dtype not in EDITABLE:
+                raise EditError(
+                    f"{recipe.source}: {name!r} is stored as {tensors[name].dtype}, which cannot "
+                    f"be edited; editable: {', '.join(EDITABLE)} @ edits[{index}]"
+                )
+            steps.append(Step(index, target, str(arch.roles[name])))
+    return tuple(steps)
+
+
+def _refuse_conflicts(recipe: Recipe, steps: tuple[Step, ...]) -> None:
+    earlier: dict[str, list[Step]] = {}
+    for step in steps:
+        for other in earlier.setdefault(step.tensor, []):
+            if step.edit != other.edit and step.target.conflicts(other.target):
+                raise RecipeError(
+                    f"{recipe.source}: edits[{other.edit}] and edits[{step.edit}] both change "
+                    f"{step.target.region}; say allow_overlap: true to apply them in order"
+                )
+        earlier[step.tensor].append(step)

@@ -1,0 +1,110 @@
+"""What a run may measure and still pass: policy, schema 1.
+
+A file gives only what it wants to change; every section and field it leaves out is the built-in
+one. Limits are inclusive. `docs/policy.md` says where the numbers come from.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from surgery.documents import load_file, validate
+from surgery.errors import PolicyError
+
+CONVERSION_MAX_NOISE_RATIO = 8.0
+"""ONNX Runtime's error over PyTorch's own float32 error, both against float64 (no unit)."""
+
+INTERACTION_MAX_RATIO = 0.05
+"""||I|| / ||E||: the share of the edit's effect that may differ between the runtimes."""
+
+INTERACTION_MAX_NOISE_RATIO = 8.0
+"""||I|| over the norm that rounding alone explains, for effects too small to be a yardstick."""
+
+PRESERVE_MAX_KL: float | None = None
+"""Nats per token; no limit unless asked for, since what may drift depends on the edit."""
+
+PRESERVE_MAX_FLIP_RATE: float | None = None
+"""Share of positions whose top-1 token changes; no limit unless asked for."""
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Limit = Annotated[float, Field(allow_inf_nan=False, ge=0)]
+Share = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", populate_by_name=True)
+
+
+class ConversionPolicy(_Section):
+    """Judges C_o and C_e."""
+
+    max_noise_ratio: Limit = Field(
+        CONVERSION_MAX_NOISE_RATIO,
+        description="Largest allowed error of ONNX Runtime over float32 noise, worst or L2.",
+    )
+
+
+class InteractionPolicy(_Section):
+    """Judges I: whether the edit means the same in both runtimes."""
+
+    max_ratio: Limit = Field(INTERACTION_MAX_RATIO, description="Largest allowed ||I|| / ||E||.")
+    max_noise_ratio: Limit = Field(
+        INTERACTION_MAX_NOISE_RATIO, description="Largest allowed ||I|| over its numeric noise."
+    )
+
+
+class PreservePolicy(_Section):
+    """Judges the drift of the preserve set, in each runtime."""
+
+    max_kl: Limit | None = Field(
+        PRESERVE_MAX_KL, description="Mean KL(original || edited), nats per token."
+    )
+    max_flip_rate: Share | None = Field(
+        PRESERVE_MAX_FLIP_RATE, description="Share of positions whose top-1 token changes."
+    )
+
+
+class TargetRule(_Section):
+    """The change (edited minus original) one metric must show, in each runtime."""
+
+    metric: Annotated[str, Field(min_length=1, max_length=200)]
+    set: Literal["target", "preserve"] = "target"
+    min_change: Number | None = Field(None, description="change >= this; may be negative.")
+    max_change: Number | None = Field(None, description="change <= this; may be negative.")
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> Self:
+        low, high = self.min_change, self.max_change
+        if low is None and high is None:
+            raise ValueError("expected min_change, max_change or both")
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"min_change {low:g} is above max_change {high:g}")
+        return self
+
+
+class Policy(_Section):
+    """Everything `surgery.gate.judge` asks for besides the evidence."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    conversion: ConversionPolicy = ConversionPolicy()
+    interaction: InteractionPolicy = InteractionPolicy()
+    preserve: PreservePolicy = PreservePolicy()
+    target: tuple[TargetRule, ...] = ()
+
+
+BUILT_IN = Policy(schema=1)
+"""Applies where no policy is given."""
+
+
+def load_policy(path: str | PathLike[str]) -> Policy:
+    """The policy of a YAML or JSON file; `PolicyError` names every problem at once."""
+    return validate(Policy, load_file(path, PolicyError), PolicyError)
+
+
+def policy_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of a policy file."""
+    schema = Policy.model_json_schema(by_alias=True)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,0 +1,193 @@
+"""Re-checking an edited checkpoint: every digest, and with its base every byte.
+
+The law: what is not named by a receipt may not be there, what is named must be there unchanged,
+and with the base at hand every edited region must be what the recipe makes of it (within one
+unit in the last place of the stored dtype) and every other byte the base's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surgery.addresses import Region
+from surgery.apply import Editor
+from surgery.checkpoint import EXPORT_RECEIPT, RECEIPT, Checkpoint
+from surgery.checkpoint.files import list_files, resolve_inside, sha256_file
+from surgery.checkpoint.layout import tensors_of
+from surgery.checkpoint.receipt import (
+    EDIT_PREDICATE,
+    EXPORT_PREDICATE,
+    MalformedReceipt,
+    open_receipt,
+    subjects,
+)
+from surgery.errors import CheckpointError, InputError, ReceiptError, RecipeError
+from surgery.evidence import Finding
+from surgery.plan import Plan, make_plan
+from surgery.recipe import Recipe, load_recipe, parse_recipe
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked (`files`, `tensors`) and everything found wrong; `ok` if nothing was."""
+
+    files: int
+    tensors: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.findings
+
+
+def verify(edited: Path, base: Path | None = None, recipe: Path | None = None) -> Verification:
+    """Re-checks folder `edited` against its receipt and, where given, against its base.
+
+    `recipe` is needed where the recipe reads files; else the receipt's own text serves. Raises
+    `ReceiptError` if there is no receipt and `InputError` for an unusable base or recipe;
+    whatever is wrong with `edited` itself is a finding.
+    """
+    if not edited.is_dir() or not (edited / RECEIPT).exists():
+        raise ReceiptError(f"{edited}: has no {RECEIPT}; nothing says what it should hold")
+    if recipe is not None and base is None:
+        raise ReceiptError("--recipe goes with --base: it says what was made of the base")
+    try:
+        receipt = open_receipt(edited / RECEIPT, EDIT_PREDICATE)
+        expected = dict(_expected(edited, receipt))
+    except MalformedReceipt as error:
+        return Verification(0, 0, (Finding("verify", "malformed receipt", RECEIPT, str(error)),))
+    findings = list(_check_files(edited, expected))
+    tensors = 0
+    if base is not None:
+        tensors, wrong = _check_against_base(edited, base, recipe, receipt)
+        findings += wrong
+    return Verification(len(expected), tensors, tuple(findings))
+
+
+def _expected(edited: Path, receipt: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every file that may be there, by name, with its SHA-256."""
+    yield from subjects(receipt, edited / RECEIPT).items()
+    if (edited / EXPORT_RECEIPT).exists():
+        export = open_receipt(edited / EXPORT_RECEIPT, EXPORT_PREDICATE)
+        yield from subjects(export, edited / EXPORT_RECEIPT).items()
+
+
+def _check_files(edited: Path, expected: dict[str, str]) -> Iterator[Finding]:
+    found = set(list_files(edited, hidden=True)) - {RECEIPT, EXPORT_RECEIPT}
+    for name in sorted(found - set(expected)):
+        yield Finding("verify", "extra file", name, f"{name}: is named by no receipt")
+    for name, digest in sorted(expected.items()):
+        if name not in found:
+            yield Finding("verify", "missing file", name, f"{name}: is missing")
+            continue
+        try:
+            actual = sha256_file(resolve_inside(edited, name))
+        except CheckpointError as error:
+            yield Finding("verify", "unreadable file", name, str(error))
+            continue
+        if actual != digest:
+            message = f"{name}: SHA-256 is {actual}, the receipt says {digest}"
+            yield Finding("verify", "changed file", name, message)
+
+
+def _check_against_base(
+    edited: Path, base: Path, recipe: Path | None, receipt: dict[str, Any]
+) -> tuple[int, list[Finding]]:
+    original = Checkpoint.open(base)
+    predicate = receipt["predicate"]
+    findings = list(_check_base_files(original, predicate["base"]["files"]))
+    if findings:
+        return 0, findings
+    plan = make_plan(_recipe(recipe, receipt, edited), original)
+    if plan.inputs != predicate["inputs"]:
+        message = "the files the recipe reads are not those it read when it was applied"
+        return 0, [Finding("verify", "changed input", plan.recipe.source, message)]
+    try:
+        result = Checkpoint.open(edited)
+    except InputError as error:
+        return 0, [Finding("verify", "malformed checkpoint", str(edited), str(error))]
+    if {f: h.raw for f, h in result.headers.items()} != {f: h.raw for f, h in plan.headers.items()}:
+        message = "its headers are not what the recipe makes of the base's"
+        return 0, [Finding("verify", "changed header", str(edited), message)]
+    editor = Editor(plan)
+    names = tensors_of(plan.headers)
+    return len(names), [f for name in names for f in _check_tensor(editor, result, name)]
+
+
+def _check_base_files(base: Checkpoint, digests: dict[str, str]) -> Iterator[Finding]:
+    for file in base.weight_files:
+        if sha256_file(base.path(file)) != digests.get(file):
+            message = f"{base.root / file}: is not the base this checkpoint was made from"
+            yield Finding("verify", "another base", file, message)
+
+
+def _recipe(recipe: Path | None, receipt: dict[str, Any], edited: Path) -> Recipe:
+    recorded = receipt["predicate"]["recipe"]
+    if recipe is None:
+        if receipt["predicate"]["inputs"]:
+            raise ReceiptError(
+                f"{edited}: its recipe reads files; give it with --recipe so that they are found"
+            )
+        return parse_recipe(recorded["text"], f"{edited}: recipe", edited)
+    loaded = load_recipe(recipe, allow_outside=True)
+    if loaded.sha256 != recorded["sha256"]:
+        raise RecipeError(f"{recipe}: is not the recipe that {edited} was made with")
+    return loaded
+
+
+def _check_tensor(editor: Editor, result: Checkpoint, name: str) -> Iterator[Finding]:
+    """Compares one stored tensor with what the plan makes of the base."""
+    plan: Plan = editor.plan
+    steps = plan.steps_of(name)
+    if not steps:
+        source = _source_bytes(editor, name)
+        if result.read_bytes(name) != source:
+            yield Finding("verify", "changed tensor", name, f"{name}: differs, yet no edit names it")
+        return
+    found, stored = result.read(name), editor.stored(name)
+    expected = editor.rows(name, stored, Region.whole(name, stored.shape))
+    inside = np.zeros(stored.shape, bool)
+    for step in steps:
+        inside[step.target.region.slices] = True
+    exact = found.view(_bits(found)) == stored.view(_bits(stored))
+    near = ulp_distance(found, expected) <= 1
+    wrong = ~np.where(inside, near | (np.isnan(found) & np.isnan(expected)), exact)
+    if wrong.any():
+        index = [int(i) for i in np.argwhere(wrong)[0]]
+        place = tuple(index)
+        message = f"{name}: at {index} holds {found[place]}, the recipe makes it {expected[place]}"
+        yield Finding("verify", "wrong value", name, message)
+
+
+def _source_bytes(editor: Editor, name: str) -> bytearray:
+    if name in editor.plan.base.tensors:
+        return editor.plan.base.read_bytes(name)
+    return bytearray(np.ascontiguousarray(editor.stored(name)).tobytes())
+
+
+def _bits(values: NDArray[Any]) -> np.dtype[Any]:
+    return np.dtype(f"i{values.dtype.itemsize}")
+
+
+def ulp_distance(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.uint64]:
+    """Units in the last place between floats of one dtype, elementwise; NaN counts as its bits.
+
+    Sign and magnitude are mapped onto a line of unsigned integers on which neighbouring floats
+    differ by one, with -0.0 and +0.0 on one spot.
+    """
+    left, right = _line(a), _line(b)
+    return np.where(left > right, left - right, right - left)
+
+
+def _line(values: NDArray[Any]) -> NDArray[np.uint64]:
+    bits = 8 * values.dtype.itemsize
+    raw = np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}").astype(np.uint64)
+    sign = np.uint64(1 << (bits - 1))
+    magnitude = raw & (sign - np.uint64(1))
+    return np.where(raw >= sign, sign - magnitude, sign + magnitude)
