@@ -1,12 +1,14 @@
 """Evidence and policy → verdict. Pure: no IO, no clock, no randomness.
 
 The law:
-1. A verdict of pass needs proof. A limit holds only if `value <= limit` is true, so NaN fails.
+1. A verdict of pass needs proof. A limit holds only if `value <= limit` is true, so NaN fails,
+   and so does a ratio below zero.
 2. Faults and corners that did not end "ok" fail, whatever else was measured.
 3. Otherwise, where nothing was compared the verdict is not_evaluated, never pass.
 4. The corners are the original pair or all four. What those corners should have yielded (C_o;
    with all four C_e and the interaction) and did not yield fails.
-5. A number that is not one fails, even where no limit is set on it.
+5. A number that is not one fails, even where no limit is set on it; so does an infinite
+   yardstick, against which any error would look small.
 6. Conversion: on every edge and output, the worst and the L2 error stay within
    `conversion.max_noise_ratio` times float32 noise.
 7. Interaction: on every stimulus set, ||I|| stays within `interaction.max_ratio` of the effect,
@@ -37,6 +39,9 @@ MUCH_WORSE = 4.0
 
 RHO_TOLERANCE = 0.15
 """How near rho must be to -1, -0.5 or +1 to be named; a quarter lost stays unnamed."""
+
+YARDSTICKS = frozenset({"noise_max", "noise_l2", "noise", "effect"})
+"""What errors are divided by, or compared with."""
 
 RHO_NAMES = {-1.0: "the edit was lost", -0.5: "half lost", 1.0: "applied twice"}
 
@@ -130,14 +135,14 @@ def _conversion(evidence: Evidence, policy: Policy) -> Iterator[Finding]:
         if bad := _not_numbers(row):
             message = f"{row.edge} of {row.output}: {', '.join(bad)} not a number"
             yield Finding("conversion", "nan", site, message, math.nan)
-        elif not _worst(row) <= policy.conversion.max_noise_ratio:
+        elif not _within(_worst(row), policy.conversion.max_noise_ratio):
             yield _wrong_value(row, evidence, policy.conversion.max_noise_ratio)
 
 
 def _worst(row: Conversion) -> float:
-    """The larger of both ratios; NaN where either is NaN."""
+    """The larger of both ratios; NaN where either is none."""
     ratios = (row.ratio_max, row.ratio_l2)
-    return math.nan if any(map(math.isnan, ratios)) else max(ratios)
+    return max(ratios) if all(ratio >= 0 for ratio in ratios) else math.nan
 
 
 def _wrong_value(row: Conversion, evidence: Evidence, limit: float) -> Finding:
@@ -167,9 +172,18 @@ def _blame(row: Conversion, evidence: Evidence, limit: float) -> str:
 
 
 def _not_numbers(row: Conversion | Measured, *skipped: str) -> list[str]:
-    """Fields of `row` that are NaN."""
+    """Fields of `row` that are NaN, or infinite yardsticks."""
     named = ((f.name, getattr(row, f.name)) for f in fields(row) if f.name not in skipped)
-    return [name for name, value in named if isinstance(value, float) and math.isnan(value)]
+    numbers = {name: value for name, value in named if isinstance(value, (int, float))}
+    return [
+        name
+        for name, value in numbers.items()
+        if math.isnan(value) or (name in YARDSTICKS and math.isinf(value))
+    ]
+
+
+def _within(ratio: float, limit: float) -> bool:
+    return 0 <= ratio <= limit
 
 
 # --------------------------------------------------------------------------------- interaction
@@ -184,10 +198,10 @@ def _interaction(evidence: Evidence, policy: Policy) -> Iterator[Finding]:
         if bad := _not_numbers(row, *meaningless):
             message = f"interaction on {site}: {', '.join(bad)} not a number"
             yield Finding("interaction", "nan", site, message, math.nan)
-        elif not row.noise_ratio <= limits.max_noise_ratio:
+        elif not _within(row.noise_ratio, limits.max_noise_ratio):
             if row.effect <= limits.max_noise_ratio * row.noise:
                 yield _beyond_noise(row, site, limits.max_noise_ratio)
-            elif not row.ratio <= limits.max_ratio:
+            elif not _within(row.ratio, limits.max_ratio):
                 yield _beyond_effect(row, site, limits.max_ratio)
 
 

@@ -42,7 +42,7 @@ class ConversionPolicy(_Section):
     """Judges C_o and C_e."""
 
     max_noise_ratio: Limit = Field(
-        CONVERSION_MAX_NOISE_RATIO,
+        default=CONVERSION_MAX_NOISE_RATIO,
         description="Largest allowed error of ONNX Runtime over float32 noise, worst or L2.",
     )
 
@@ -50,9 +50,12 @@ class ConversionPolicy(_Section):
 class InteractionPolicy(_Section):
     """Judges I: whether the edit means the same in both runtimes."""
 
-    max_ratio: Limit = Field(INTERACTION_MAX_RATIO, description="Largest allowed ||I|| / ||E||.")
+    max_ratio: Limit = Field(
+        default=INTERACTION_MAX_RATIO, description="Largest allowed ||I|| / ||E||."
+    )
     max_noise_ratio: Limit = Field(
-        INTERACTION_MAX_NOISE_RATIO, description="Largest allowed ||I|| over its numeric noise."
+        default=INTERACTION_MAX_NOISE_RATIO,
+        description="Largest allowed ||I|| over its numeric noise.",
     )
 
 
@@ -60,10 +63,10 @@ class PreservePolicy(_Section):
     """Judges the drift of the preserve set, in each runtime."""
 
     max_kl: Limit | None = Field(
-        PRESERVE_MAX_KL, description="Mean KL(original || edited), nats per token."
+        default=PRESERVE_MAX_KL, description="Mean KL(original || edited), nats per token."
     )
     max_flip_rate: Share | None = Field(
-        PRESERVE_MAX_FLIP_RATE, description="Share of positions whose top-1 token changes."
+        default=PRESERVE_MAX_FLIP_RATE, description="Share of positions whose top-1 token changes."
     )
 
 
@@ -72,8 +75,8 @@ class TargetRule(_Section):
 
     metric: Annotated[str, Field(min_length=1, max_length=200)]
     set: Literal["target", "preserve"] = "target"
-    min_change: Number | None = Field(None, description="change >= this; may be negative.")
-    max_change: Number | None = Field(None, description="change <= this; may be negative.")
+    min_change: Number | None = Field(default=None, description="change >= this; may be negative.")
+    max_change: Number | None = Field(default=None, description="change <= this; may be negative.")
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> Self:

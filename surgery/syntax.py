@@ -65,6 +65,11 @@ def printable(text: str, limit: int = 400) -> str:
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
+def escape(text: str) -> str:
+    """`text` with every character no document may hold spelled out, so that it can be stored."""
+    return _FORBIDDEN.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
 def check_text(text: str, limit: int) -> None:
     """At most `limit` bytes, and no character that does not belong in a text file."""
     if len(text) > limit or len(text.encode("utf-8", "surrogatepass")) > limit:

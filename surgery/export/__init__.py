@@ -27,6 +27,7 @@ __all__ = [
 LAYOUTS = ("portable",)
 _DTYPES = ("float32", "float16")
 _OPSETS = range(18, 24)
+_INNER = "onnx"
 
 
 @dataclass(frozen=True)
@@ -117,30 +118,29 @@ def export_in_child(
 
     Raises what `export` raises; a crash, a timeout or too little memory is an `ExportError`.
     """
-    arguments = {
-        "action": "export",
-        "model_dir": str(model_dir.absolute()),
-        "output": str(output.absolute()),
-        "task": task,
-        "opset": opset,
-        "dtype": dtype,
-        "layout": layout,
-    }
+    from surgery.checkpoint import Staging
+
     bounds = limits or process.Limits(seconds=3600.0)
-    try:
+    # The child stages inside our own staging folder, so a killed child leaves nothing behind.
+    with Staging(output, sources=(model_dir,)) as staging:
+        arguments = {
+            "action": "export",
+            "model_dir": str(model_dir.absolute()),
+            "output": str(staging.path / _INNER),
+            "task": task,
+            "opset": opset,
+            "dtype": dtype,
+            "layout": layout,
+        }
         with tempfile.TemporaryDirectory(prefix="surgery-export-") as scratch:
             ending = process.run("surgery.export.worker", arguments, Path(scratch), bounds)
-    finally:
-        _sweep(output)
-    return ExportResult.from_json(ending.value(f"{model_dir}: the export", ExportError))
-
-
-def _sweep(output: Path) -> None:
-    """Remove what a killed child staged beside `output`."""
-    import shutil
-
-    for left in output.absolute().parent.glob(f".{output.name}.*.staging"):
-        shutil.rmtree(left, ignore_errors=True)
+        result = ending.value(f"{model_dir}: the export", ExportError)
+        for file in (staging.path / _INNER).iterdir():
+            file.rename(staging.path / file.name)
+        (staging.path / _INNER).rmdir()
+        staging.commit()
+    paths = {"output": str(output), "model": str(output / Path(result["model"]).name)}
+    return ExportResult.from_json({**result, **paths})
 
 
 def _check_options(opset: int, dtype: str, layout: str) -> None:

@@ -1,0 +1,45 @@
+"""Answer rate: how often the greedy answer is one of the named ones (PH3, arXiv 2402.18154).
+
+R_m = f_m / (f_m + f_c + f_o): the share of prompts whose continuation starts with an answer
+called m, among all prompts that have such an answer.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+from surgery.metrics.interface import Metric, Needs, Observed, mean
+from surgery.stimuli import Stimulus
+
+
+class AnswerRate(Metric):
+    """`answer_rate:NAME`: a response starts with one of `answers[NAME]`, at a word's end."""
+
+    unit: ClassVar[str] = "share of prompts"
+    needs: ClassVar[Needs] = "responses"
+
+    def __init__(self, answer: str) -> None:
+        self.answer = answer
+
+    def new_tokens(self, longest_answer: int) -> int:
+        # One more, so that "Lima" is not taken for the start of "Limassol" cut short.
+        return longest_answer + 1
+
+    def applies(self, stimulus: Stimulus) -> bool:
+        return self.answer in (stimulus.answers or {})
+
+    def score(self, observed: Observed) -> float:
+        pairs = zip(observed.stimuli, observed.responses, strict=True)
+        return mean(
+            [
+                float(starts_with(response, (stimulus.answers or {})[self.answer]))
+                for stimulus, response in pairs
+                if self.applies(stimulus)
+            ]
+        )
+
+
+def starts_with(response: str, answers: tuple[str, ...]) -> bool:
+    """Whether `response`, leading space aside, starts with an answer that ends at a word's end."""
+    return any(re.match(rf"{re.escape(a)}(?!\w)", response.lstrip()) for a in answers)

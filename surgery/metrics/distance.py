@@ -1,0 +1,151 @@
+"""Running sums over batches: conversion error against noise, and the interaction term.
+
+All sums are in float64. A runtime's error is taken against the float64 reference and divided by
+PyTorch's own float32 error against it, as the Neuron accuracy framework does; the error between
+the two runtimes themselves is reported beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating[Any]]
+
+HALF_ULP = 2.0**-24
+"""Unit roundoff of float32: no float32 result can be trusted closer than this to its value."""
+
+
+@dataclass
+class Spread:
+    """Largest absolute value, sum of squares and count of values seen so far."""
+
+    largest: float = 0.0
+    squares: float = 0.0
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, values: Floats) -> None:
+        wide = np.abs(np.asarray(values, np.float64))
+        # np.max keeps NaN, which max() of Python would drop.
+        self.largest = float(np.max([self.largest, wide.max(initial=0.0)]))
+        self.squares += float(np.square(wide).sum())
+        self.total += float(wide.sum())
+        self.count += wide.size
+
+    @property
+    def l2(self) -> float:
+        return float(np.sqrt(self.squares))
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count if self.count else float("nan")
+
+
+@dataclass
+class ConversionSums:
+    """PyTorch float32 `t`, the float64 `reference` and ONNX Runtime `r`, batch by batch."""
+
+    difference: Spread = field(default_factory=Spread)
+    relative: Spread = field(default_factory=Spread)
+    noise: Spread = field(default_factory=Spread)
+    error: Spread = field(default_factory=Spread)
+    scale: Spread = field(default_factory=Spread)
+    dot: float = 0.0
+    t_squares: float = 0.0
+    r_squares: float = 0.0
+    worst: tuple[float, str] = (-1.0, "")
+
+    def add(self, where: list[str], t: Floats, reference: Floats, r: Floats) -> None:
+        """Adds arrays [n, features]; `where[i]` names position i."""
+        wide_t, wide_r = np.asarray(t, np.float64), np.asarray(r, np.float64)
+        difference = wide_r - wide_t
+        self.difference.add(difference)
+        # Relative to the position's largest value: single logits pass through zero.
+        span = np.abs(wide_t).max(axis=-1, keepdims=True)
+        self.relative.add(difference / np.maximum(span, np.finfo(np.float64).tiny))
+        self.noise.add(wide_t - reference)
+        self.error.add(wide_r - reference)
+        self.scale.add(reference)
+        self.dot += float((wide_t * wide_r).sum())
+        self.t_squares += float(np.square(wide_t).sum())
+        self.r_squares += float(np.square(wide_r).sum())
+        self._note_worst(where, np.abs(difference).max(axis=-1))
+
+    def _note_worst(self, where: list[str], largest: NDArray[np.float64]) -> None:
+        # A NaN is worse than any number.
+        order = np.where(np.isnan(largest), np.inf, largest)
+        index = int(order.argmax())
+        if order[index] > self.worst[0]:
+            self.worst = (float(order[index]), where[index])
+
+    @property
+    def noise_max(self) -> float:
+        """The largest float32 error, and never less than rounding the result itself makes."""
+        return max(self.noise.largest, HALF_ULP * self.scale.largest)
+
+    @property
+    def noise_l2(self) -> float:
+        return max(self.noise.l2, HALF_ULP * self.scale.l2)
+
+    @property
+    def cosine(self) -> float:
+        norm = np.sqrt(self.t_squares) * np.sqrt(self.r_squares)
+        return float(self.dot / norm) if norm else float("nan")
+
+    @property
+    def ratio_max(self) -> float:
+        return divide(self.error.largest, self.noise_max)
+
+    @property
+    def ratio_l2(self) -> float:
+        return divide(self.error.l2, self.noise_l2)
+
+
+@dataclass
+class InteractionSums:
+    """I = (R_e - R_o) - (T_e - T_o) and E = T_e - T_o, with the noise of all four corners."""
+
+    effect: Spread = field(default_factory=Spread)
+    interaction: Spread = field(default_factory=Spread)
+    noise: Spread = field(default_factory=Spread)
+    scale: Spread = field(default_factory=Spread)
+    dot: float = 0.0
+
+    def add(self, corners: dict[str, Floats], references: dict[str, Floats]) -> None:
+        """`corners` holds T_o, T_e, R_o, R_e and `references` the float64 T_o and T_e."""
+        wide = {name: np.asarray(values, np.float64) for name, values in corners.items()}
+        effect = wide["T_e"] - wide["T_o"]
+        interaction = (wide["R_e"] - wide["R_o"]) - effect
+        self.effect.add(effect)
+        self.interaction.add(interaction)
+        self.dot += float((interaction * effect).sum())
+        for name, reference in references.items():
+            self.noise.add(wide[name] - reference)
+            self.scale.add(reference)
+
+    @property
+    def noise_l2(self) -> float:
+        return max(self.noise.l2, HALF_ULP * self.scale.l2)
+
+    @property
+    def ratio(self) -> float:
+        return divide(self.interaction.l2, self.effect.l2)
+
+    @property
+    def rho(self) -> float:
+        return divide(self.dot, self.effect.squares)
+
+    @property
+    def noise_ratio(self) -> float:
+        return divide(self.interaction.l2, self.noise_l2)
+
+
+def divide(a: float, b: float) -> float:
+    """a / b, with 0 / 0 = 0 (no error over no noise) and a / 0 infinite."""
+    if b == 0:
+        return 0.0 if a == 0 else float("inf")
+    return a / b

@@ -1,0 +1,215 @@
+"""A report as headline and tables of short strings: what every renderer shows.
+
+Every string that leaves here is printable: names come from untrusted files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.evidence import CORNERS, Conversion, Effect, Finding
+from surgery.report.model import Report
+from surgery.syntax import printable
+
+ABSENT = "–"
+RUNTIMES = {"T": "PyTorch", "R": "ONNX Runtime"}
+HEADLINES = {"pass": "PASS", "fail": "FAIL", "not_evaluated": "NOT EVALUATED"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells; `numeric` holds the columns to align right."""
+
+    title: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numeric: frozenset[int] = frozenset()
+
+
+def number(value: float | None) -> str:
+    """Three digits, or whole numbers in full; `–` for what was not measured."""
+    if value is None:
+        return ABSENT
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "∞" if value > 0 else "−∞"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3g}"
+
+
+def signed(value: float) -> str:
+    return ("+" if value > 0 else "") + number(value)
+
+
+def headline(report: Report) -> str:
+    """The verdict in a few words: `FAIL: 2 findings`."""
+    count = len(report.findings)
+    if report.verdict == "pass":
+        return "PASS: edit and conversion are within the policy"
+    if report.verdict == "not_evaluated":
+        return "NOT EVALUATED: nothing was compared"
+    return f"FAIL: {count} finding{'s' * (count != 1)}"
+
+
+def subline(report: Report) -> str:
+    """What the verdict rests on."""
+    ran = [name for name in CORNERS if name in report.corners]
+    rows = f"{report.covered_rows:,} embedding rows covered"
+    return f"{report.compared:,} values compared at {', '.join(ran) or 'no corner'}; {rows}"
+
+
+def tables(report: Report) -> list[Table]:
+    """Every table that has rows, the verdict's reasons first."""
+    made = (
+        _findings(report.findings),
+        _effects(report.effects),
+        _drift(report),
+        _conversion(report.conversion),
+        _interaction(report),
+        _corners(report),
+        _policy(report),
+        _inputs(report),
+        _table("Environment", ("name", "value"), report.environment.items()),
+    )
+    return [table for table in made if table.rows]
+
+
+def _table(
+    title: str, headers: tuple[str, ...], rows: Iterable[Iterable[str]], *numeric: int
+) -> Table:
+    shown = tuple(tuple(printable(cell, 600) for cell in row) for row in rows)
+    return Table(title, headers, shown, frozenset(numeric))
+
+
+def _findings(findings: Iterable[Finding]) -> Table:
+    headers = ("stage", "symptom", "site", "value", "limit", "message")
+    rows = (
+        (f.stage, f.symptom, f.site, number(f.value), number(f.limit), f.message) for f in findings
+    )
+    return _table("Findings", headers, rows, 3, 4)
+
+
+def _effects(effects: Iterable[Effect]) -> Table:
+    headers = ("metric", "set", "n", *CORNERS, "change PyTorch", "change ONNX Runtime", "unit")
+    rows = (
+        (
+            e.metric,
+            e.stimulus_set,
+            number(e.count),
+            *(number(e.corners.get(corner)) for corner in CORNERS),
+            *(change(e, runtime) for runtime in RUNTIMES),
+            e.unit,
+        )
+        for e in effects
+    )
+    return _table("Behaviour", headers, rows, 2, 3, 4, 5, 6, 7, 8)
+
+
+def change(effect: Effect, runtime: str) -> str:
+    """Edited minus original in one runtime; `–` where one of the two did not run."""
+    ran = {f"{runtime}_o", f"{runtime}_e"} <= effect.corners.keys()
+    return signed(effect.change(runtime)) if ran else ABSENT
+
+
+def _drift(report: Report) -> Table:
+    headers = ("set", "runtime", "positions", "KL, nats/token", "top-1 flips")
+    rows = (
+        (
+            d.stimulus_set,
+            RUNTIMES.get(d.runtime, d.runtime),
+            number(d.positions),
+            number(d.kl),
+            percent(d.flip_rate),
+        )
+        for d in report.drift
+    )
+    return _table("Drift", headers, rows, 2, 3, 4)
+
+
+def percent(share: float) -> str:
+    return f"{share:.2%}" if math.isfinite(share) else number(share)
+
+
+def _conversion(conversion: Iterable[Conversion]) -> Table:
+    headers = (
+        "edge",
+        "output",
+        "positions",
+        "max abs",
+        "noise max",
+        "ratio worst",
+        "ratio L2",
+        "cosine",
+        "KL",
+        "flips",
+        "worst at",
+    )
+    rows = (
+        (
+            c.edge,
+            c.output,
+            number(c.positions),
+            number(c.max_abs),
+            number(c.noise_max),
+            number(c.ratio_max),
+            number(c.ratio_l2),
+            f"{c.cosine:.9f}" if math.isfinite(c.cosine) else number(c.cosine),
+            number(c.kl),
+            number(c.flips),
+            c.worst,
+        )
+        for c in conversion
+    )
+    return _table("Conversion", headers, rows, 2, 3, 4, 5, 6, 7, 8, 9)
+
+
+def _interaction(report: Report) -> Table:
+    headers = ("set", "output", "‖E‖", "‖I‖", "‖I‖/‖E‖", "ρ", "noise", "‖I‖/noise")
+    rows = (
+        (i.stimulus_set, i.output, *map(number, (i.effect, i.norm, i.ratio)))
+        + (signed(i.rho), number(i.noise), number(i.noise_ratio))
+        for i in report.interaction
+    )
+    return _table("Interaction", headers, rows, 2, 3, 4, 5, 6, 7)
+
+
+def _corners(report: Report) -> Table:
+    headers = ("corner", "runtime", "model", "status", "seconds", "peak MiB", "batches")
+    named = ((name, report.corners[name]) for name in CORNERS if name in report.corners)
+    rows = (
+        (name, c.runtime, c.model, c.status, number(c.seconds))
+        + (number(c.peak_bytes / 2**20), number(c.batches))
+        for name, c in named
+    )
+    return _table("Corners", headers, rows, 4, 5, 6)
+
+
+def _policy(report: Report) -> Table:
+    policy = report.policy
+    rows = [
+        (f"{section}.{name}", number(value))
+        for section in ("conversion", "interaction", "preserve")
+        for name, value in getattr(policy, section).model_dump().items()
+    ]
+    for rule in policy.target:
+        for name in ("min_change", "max_change"):
+            if (value := getattr(rule, name)) is not None:
+                rows.append((f"{rule.set} {rule.metric} {name}", signed(value)))
+    return _table("Policy", ("limit", "value"), rows, 1)
+
+
+def _inputs(report: Report) -> Table:
+    rows = (
+        (name, key, value if isinstance(value, str) else _json(value))
+        for name, entry in report.inputs.items()
+        for key, value in entry.items()
+    )
+    return _table("Inputs", ("name", "what", "value"), rows)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

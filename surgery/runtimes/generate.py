@@ -1,0 +1,87 @@
+"""Greedy decoding over any runtime: the full prefix each step, no cache to get wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surgery.runtimes.interface import Runtime
+
+GROUP = 8
+"""Prompts that run together, left-padded to one length."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Prompts of token ids, none empty, to continue until a token of `eos` or the maximum."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    max_new_tokens: int
+    eos: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The new tokens of each prompt, an end token included.
+
+    `nonfinite` counts prompts that stopped early because a logit was NaN or infinite.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    nonfinite: int
+
+
+def generate(runtime: Runtime, request: Generation) -> Generated:
+    """Argmax of the last position's logits, the first index on ties."""
+    if not all(request.prompts):
+        raise ValueError("a prompt to continue must hold at least one token")
+    tokens: list[tuple[int, ...]] = []
+    nonfinite = 0
+    for group in _groups(request.prompts):
+        found = _generate_group(runtime, group, request)
+        tokens += found.tokens
+        nonfinite += found.nonfinite
+    return Generated(tuple(tokens), nonfinite)
+
+
+def _groups(prompts: tuple[tuple[int, ...], ...]) -> Iterator[tuple[tuple[int, ...], ...]]:
+    for begin in range(0, len(prompts), GROUP):
+        yield prompts[begin : begin + GROUP]
+
+
+def _generate_group(
+    runtime: Runtime, prompts: tuple[tuple[int, ...], ...], request: Generation
+) -> Generated:
+    texts = [list(prompt) for prompt in prompts]
+    active, nonfinite = list(range(len(texts))), 0
+    for _ in range(request.max_new_tokens):
+        logits = runtime.infer(left_padded([texts[row] for row in active]))["logits"][:, -1, :]
+        going = []
+        for row, scores in zip(active, logits, strict=True):
+            if not np.isfinite(scores).all():
+                nonfinite += 1
+                continue
+            token = int(np.argmax(scores))
+            texts[row].append(token)
+            if token not in request.eos:
+                going.append(row)
+        active = going
+        if not active:
+            break
+    new = (text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True))
+    return Generated(tuple(map(tuple, new)), nonfinite)
+
+
+def left_padded(rows: list[list[int]]) -> dict[str, NDArray[np.int64]]:
+    """`input_ids` (0 where padded), `attention_mask` and `position_ids`, int64 [rows, longest]."""
+    length = max(map(len, rows))
+    ids = np.zeros((len(rows), length), np.int64)
+    mask = np.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, length - len(row) :] = row
+        mask[number, length - len(row) :] = 1
+    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}

@@ -1,0 +1,161 @@
+"""What an ONNX graph wants to be fed, what it gives back, and where its embedding lookup is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surgery.errors import OnnxError, quote
+from surgery.runtimes.interface import Arrays, IdArrays
+
+ROLES = ("input_ids", "attention_mask", "position_ids")
+ZEROS = "token_type_ids"
+CACHE = "cache"
+_PASS_THROUGH = ("Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten")
+
+
+@dataclass(frozen=True)
+class Port:
+    """One declared graph input: numpy `dtype`, `shape` with None for free axes."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...]
+
+    @property
+    def is_ids(self) -> bool:
+        return self.dtype.kind == "i" and len(self.shape) == 2
+
+    @property
+    def is_cache(self) -> bool:
+        sizes = self.shape[1:4:2]
+        return self.dtype.kind == "f" and len(self.shape) == 4 and None not in sizes
+
+    def __str__(self) -> str:
+        return f"{quote(self.name)} {self.dtype} {list(self.shape)}"
+
+
+def ports(model: Any) -> tuple[Port, ...]:
+    """The inputs of a ModelProto that are not initializers."""
+    from onnx import helper
+
+    weights = {tensor.name for tensor in model.graph.initializer}
+    found = []
+    for value in model.graph.input:
+        if value.name not in weights:
+            kind = value.type.tensor_type
+            axes = kind.shape.dim
+            shape = tuple(axis.dim_value if axis.HasField("dim_value") else None for axis in axes)
+            if not kind.elem_type:
+                raise OnnxError(f"graph input {quote(value.name)} is not a tensor")
+            dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
+            found.append(Port(value.name, np.dtype(dtype), shape))
+    return tuple(found)
+
+
+def assign_roles(declared: Iterable[Port], file: str) -> dict[str, str]:
+    """Port name to what it is fed: one of `ROLES`, `ZEROS` or `CACHE`.
+
+    Known names keep their meaning. Other integer [batch, length] inputs are taken, in the
+    graph's order, for those of ids, mask and positions that no name claims. Raises `OnnxError`
+    for an input that is neither, or without any token ids.
+    """
+    declared = list(declared)
+    named = {port.name for port in declared}
+    free = [role for role in ROLES if role not in named]
+    roles = {}
+    for port in declared:
+        if port.name in ROLES or port.name == ZEROS:
+            roles[port.name] = port.name
+        elif port.is_cache:
+            roles[port.name] = CACHE
+        elif port.is_ids and free:
+            roles[port.name] = free.pop(0)
+        else:
+            raise OnnxError(
+                f"{file}: cannot feed input {port}; expected {', '.join(ROLES)}, {ZEROS} or "
+                "past_key_values.N.key|value [batch, heads, length, size]"
+            )
+    if "input_ids" not in roles.values():
+        found = ", ".join(map(str, declared)) or "none"
+        raise OnnxError(f"{file}: expected token ids, integer [batch, length]; found inputs {found}")
+    return roles
+
+
+def feed(declared: Iterable[Port], roles: dict[str, str], inputs: IdArrays) -> Arrays:
+    """The arrays for `declared`; caches are empty: [batch, heads, 0, size]."""
+    batch = inputs["input_ids"].shape[0]
+    arrays: Arrays = {}
+    for port in declared:
+        role = roles[port.name]
+        if role == CACHE:
+            shape = (batch, port.shape[1] or 0, 0, port.shape[3] or 0)
+            arrays[port.name] = np.zeros(shape, port.dtype)
+        elif role == ZEROS:
+            arrays[port.name] = np.zeros(inputs["input_ids"].shape, port.dtype)
+        else:
+            arrays[port.name] = inputs[role].astype(port.dtype)
+    return arrays
+
+
+def name_outputs(names: Iterable[str], arrays: Iterable[NDArray[Any]], output: str) -> Arrays:
+    """Outputs by name; where none is called `output`, the first one of rank 3 is.
+
+    A graph with neither simply lacks that output: the caller reports it missing.
+    """
+    found = dict(zip(names, arrays, strict=True))
+    if output not in found:
+        near = [name for name, array in found.items() if array.ndim == 3]
+        found = {output if near[:1] == [name] else name: array for name, array in found.items()}
+    return found
+
+
+def cut_after_embedding(model: Any, ids: str, file: str) -> Any:
+    """A ModelProto of the token lookup alone: graph input `ids` to embedding rows.
+
+    The lookup is the first Gather along axis 0 of a float [V, d] initializer by indices that
+    come from `ids` through casts and reshapes alone. Raises `OnnxError` if there is none.
+    """
+    makers = {name: node for node in model.graph.node for name in node.output}
+    tables = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    for node in model.graph.node:
+        if node.op_type != "Gather" or any(a.name == "axis" and a.i for a in node.attribute):
+            continue
+        table, indices = (_origin(name, makers) for name in node.input)
+        if table in tables and indices == ids:
+            return _ending_at(model, node.output[0], makers)
+    raise OnnxError(f"{file}: no Gather of a [V, d] initializer by {quote(ids)} found")
+
+
+def _origin(name: str, makers: dict[str, Any]) -> str:
+    while name in makers and makers[name].op_type in _PASS_THROUGH:
+        name = makers[name].input[0]
+    return name
+
+
+def _ending_at(model: Any, output: str, makers: dict[str, Any]) -> Any:
+    from onnx import TensorProto, helper
+
+    wanted, queue = set(), [output]
+    while queue:
+        name = queue.pop()
+        if name not in wanted:
+            wanted.add(name)
+            queue += makers[name].input if name in makers else []
+    graph = helper.make_graph(
+        [node for node in model.graph.node if wanted & set(node.output)],
+        "embedding",
+        [value for value in model.graph.input if value.name in wanted],
+        # Cast to float32 below: the table may be of another float type.
+        [helper.make_tensor_value_info("rows", TensorProto.FLOAT, None)],
+        [tensor for tensor in model.graph.initializer if tensor.name in wanted],
+    )
+    cast = helper.make_node("Cast", [output], ["rows"], to=TensorProto.FLOAT)
+    graph.node.append(cast)
+    cut = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    cut.functions.extend(model.functions)
+    return cut

@@ -1,0 +1,74 @@
+"""What every runtime does: run one model on one batch, and look up embedding rows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Arrays = dict[str, NDArray[Any]]
+IdArrays = Mapping[str, NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model and how to run it.
+
+    runtime: a name of `RUNTIMES`; path: a checkpoint folder for `torch`, an .onnx file for the
+    others; task: a name of `surgery.export.TASKS`; dtype: what `torch` computes in, `float32` or
+    `float64` (the reference); initializers: another folder than the file's own in which the
+    .onnx file's external data lies.
+    """
+
+    runtime: str
+    path: Path
+    task: str
+    dtype: str = "float32"
+    initializers: Path | None = None
+
+
+class Runtime(ABC):
+    """One loaded model. `infer` checks what goes in and comes out, `infer_impl` runs it."""
+
+    def __init__(self, model: ModelRef, threads: int) -> None:
+        self.model = model
+        self.threads = threads
+
+    @property
+    @abstractmethod
+    def input_names(self) -> tuple[str, ...]:
+        """The model's own input names."""
+
+    @property
+    @abstractmethod
+    def output_names(self) -> tuple[str, ...]:
+        """The names of what `infer` returns."""
+
+    @abstractmethod
+    def infer_impl(self, inputs: IdArrays) -> Arrays:
+        """`infer` without the checks."""
+
+    @abstractmethod
+    def embedding(self, ids: NDArray[np.int64]) -> NDArray[Any]:
+        """Rows [n, d] of the token embedding for ids [n]: the value right after the lookup."""
+
+    def infer(self, inputs: IdArrays) -> Arrays:
+        """Every output by name, for int64 [batch, length] inputs of one shape.
+
+        `inputs` has `input_ids`, `attention_mask` and `position_ids`; a model takes those it has
+        use for. Raises `ValueError` for inputs of another form; what the model makes of them is
+        not judged here.
+        """
+        shapes = {name: array.shape for name, array in inputs.items()}
+        ids = shapes.get("input_ids", ())
+        if len(ids) != 2 or 0 in ids or any(shape != ids for shape in shapes.values()):
+            raise ValueError(f"inputs must all be [batch, length], not empty; found {shapes}")
+        if any(array.dtype != np.int64 for array in inputs.values()):
+            raise ValueError("inputs must be int64")
+        outputs = self.infer_impl(inputs)
+        return {name: np.asarray(array) for name, array in outputs.items()}

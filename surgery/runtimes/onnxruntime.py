@@ -1,0 +1,71 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from surgery.export import onnxfile
+from surgery.export.tasks import find_task
+from surgery.runtimes import graph
+from surgery.runtimes.interface import Arrays, IdArrays, ModelRef, Runtime
+
+_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
+
+
+class OnnxRuntime(Runtime):
+    """An .onnx file in an `InferenceSession`, after `onnxfile.read` accepted it.
+
+    Raises `OnnxError` for a file that is refused or whose inputs cannot be fed.
+    """
+
+    def __init__(self, model: ModelRef, threads: int) -> None:
+        super().__init__(model, threads)
+        onnxruntime.set_default_logger_severity(3)
+        self._task = find_task(model.task)
+        self._proto = onnxfile.read(model.path, model.initializers)
+        self._ports = graph.ports(self._proto)
+        self._roles = graph.assign_roles(self._ports, str(model.path))
+        self._session = self._open(model.path)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return tuple(port.name for port in self._ports)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        return tuple(value.name for value in self._session.get_outputs())
+
+    def infer_impl(self, inputs: IdArrays) -> Arrays:
+        arrays = self._session.run(None, graph.feed(self._ports, self._roles, inputs))
+        return graph.name_outputs(self.output_names, arrays, self._task.output)
+
+    def embedding(self, ids: NDArray[np.int64]) -> NDArray[Any]:
+        session, port = self._lookup
+        rows: NDArray[Any] = session.run(None, {port.name: ids[None, :].astype(port.dtype)})[0]
+        return rows.reshape(len(ids), -1)
+
+    @cached_property
+    def _lookup(self) -> tuple[onnxruntime.InferenceSession, graph.Port]:
+        port = next(port for port in self._ports if self._roles[port.name] == "input_ids")
+        cut = graph.cut_after_embedding(self._proto, port.name, str(self.model.path))
+        return self._open(cut.SerializeToString()), port
+
+    def _open(self, source: Path | bytes) -> onnxruntime.InferenceSession:
+        """A session of a file, or of a model's bytes whose external data stays where it is."""
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        folder = self.model.initializers
+        if folder is not None and isinstance(source, Path):
+            source = source.read_bytes()
+        if isinstance(source, bytes):
+            home = folder or self.model.path.parent
+            options.add_session_config_entry(_FOLDER_KEY, str(home))
+        target = source if isinstance(source, bytes) else str(source)
+        return onnxruntime.InferenceSession(target, options, providers=["CPUExecutionProvider"])

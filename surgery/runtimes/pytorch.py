@@ -1,0 +1,84 @@
+"""PyTorch through transformers, in float32, or in float64 as the reference."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surgery.export.load import load_model
+from surgery.export.quiet import quiet
+from surgery.export.tasks import find_task
+from surgery.runtimes.interface import Arrays, IdArrays, ModelRef, Runtime
+
+
+class TorchRuntime(Runtime):
+    """A checkpoint folder on the CPU.
+
+    With dtype `float64` every operation is float64, also those a model casts to float32 by name
+    (RMS norms, rotary angles). Constants that the model itself makes in float32, such as rotary
+    frequencies, keep their float32 values: they are what every runtime is given.
+    """
+
+    def __init__(self, model: ModelRef, threads: int) -> None:
+        super().__init__(model, threads)
+        self._task = find_task(model.task)
+        if model.dtype not in ("float32", "float64"):
+            raise ValueError(f"torch computes in float32 or float64, not {model.dtype}")
+        self._torch_model = load_model(model.path, self._task, model.dtype)
+        with quiet():
+            import torch
+
+        torch.set_num_threads(threads)
+        self._torch = torch
+        if model.dtype == "float64":
+            self._torch_model.double()
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return self._task.inputs
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        layers = self._torch_model.config.num_hidden_layers if self._task.cache else 0
+        cache = [f"present.{n}.{part}" for n in range(layers) for part in ("key", "value")]
+        return (self._task.output, *cache)
+
+    def infer_impl(self, inputs: IdArrays) -> Arrays:
+        feed = {name: self._torch.from_numpy(inputs[name]) for name in self._task.inputs}
+        options = {"use_cache": self._task.cache} if self._task.causal else {}
+        with quiet(), self._torch.no_grad(), self._precision():
+            result = self._torch_model(**feed, **options)
+        outputs = {self._task.output: result[self._task.output].numpy()}
+        if self._task.cache:
+            for number, layer in enumerate(result.past_key_values.layers):
+                outputs[f"present.{number}.key"] = layer.keys.numpy()
+                outputs[f"present.{number}.value"] = layer.values.numpy()
+        return outputs
+
+    def embedding(self, ids: NDArray[np.int64]) -> NDArray[Any]:
+        weight = self._torch_model.get_input_embeddings().weight
+        rows: NDArray[Any] = weight.detach()[self._torch.from_numpy(ids)].numpy()
+        return rows
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.model.dtype == "float32" else widen(self._torch)
+
+
+def widen(torch: Any) -> AbstractContextManager[Any]:
+    """While entered, every torch call that asks for float32 by name gets float64."""
+
+    def wide(value: Any) -> Any:
+        return torch.float64 if value is torch.float32 else value
+
+    def run(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        named = {name: wide(value) for name, value in (kwargs or {}).items()}
+        return func(*(wide(value) for value in args), **named)
+
+    base = torch.overrides.TorchFunctionMode
+    mode: AbstractContextManager[Any] = type("Widen", (base,), {"__torch_function__": run})()
+    return mode

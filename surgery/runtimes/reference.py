@@ -1,0 +1,47 @@
+"""The onnx package's reference evaluator: slow, plain numpy; for small graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx.external_data_helper import load_external_data_for_model
+from onnx.reference import ReferenceEvaluator
+
+from surgery.export import onnxfile
+from surgery.export.tasks import find_task
+from surgery.runtimes import graph
+from surgery.runtimes.interface import Arrays, IdArrays, ModelRef, Runtime
+
+
+class ReferenceRuntime(Runtime):
+    """An .onnx file in `onnx.reference.ReferenceEvaluator`; loads all its weights."""
+
+    def __init__(self, model: ModelRef, threads: int) -> None:
+        super().__init__(model, threads)
+        self._task = find_task(model.task)
+        self._proto = onnxfile.read(model.path, model.initializers)
+        self._ports = graph.ports(self._proto)
+        self._roles = graph.assign_roles(self._ports, str(model.path))
+        home = model.initializers or model.path.parent
+        load_external_data_for_model(self._proto, str(home))
+        self._evaluator = ReferenceEvaluator(self._proto)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return tuple(port.name for port in self._ports)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        return tuple(self._evaluator.output_names)
+
+    def infer_impl(self, inputs: IdArrays) -> Arrays:
+        arrays = self._evaluator.run(None, graph.feed(self._ports, self._roles, inputs))
+        return graph.name_outputs(self.output_names, arrays, self._task.output)
+
+    def embedding(self, ids: NDArray[np.int64]) -> NDArray[Any]:
+        port = next(port for port in self._ports if self._roles[port.name] == "input_ids")
+        cut = graph.cut_after_embedding(self._proto, port.name, str(self.model.path))
+        rows = ReferenceEvaluator(cut).run(None, {port.name: ids[None, :].astype(port.dtype)})[0]
+        return np.asarray(rows).reshape(len(ids), -1)

@@ -1,0 +1,118 @@
+"""The child of `surgery.runtimes.child`: `python -m surgery.runtimes.worker job.json`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surgery.errors import OnnxError
+from surgery.export import process
+from surgery.export.tasks import find_task
+from surgery.runtimes import RUNTIMES
+from surgery.runtimes.child import batch_file, kept_file
+from surgery.runtimes.generate import Generation, generate
+from surgery.runtimes.interface import Arrays, ModelRef, Runtime
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """Load the one model, run every batch, generation and embedding chunk; JSON facts."""
+    runtime = _load(job["model"], job["threads"])
+    scratch = Path(job["scratch"])
+    output = job["output"] or find_task(runtime.model.task).output
+    batches = [_run_batch(runtime, scratch, number, output) for number in range(job["batches"])]
+    generations = [_generate(runtime, request) for request in job["generations"]]
+    problem = _embed(runtime, scratch / "embedding.npy", job)
+    return {"batches": batches, "generations": generations, "embedding_problem": problem}
+
+
+def _load(fields: dict[str, Any], threads: int) -> Runtime:
+    folder = fields["initializers"]
+    model = ModelRef(
+        fields["runtime"],
+        Path(fields["path"]),
+        fields["task"],
+        fields["dtype"],
+        Path(folder) if folder else None,
+    )
+    return RUNTIMES[model.runtime](model, threads)
+
+
+def _run_batch(runtime: Runtime, scratch: Path, number: int, output: str) -> dict[str, Any]:
+    with np.load(scratch / batch_file(number), allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    selected, mask = arrays.pop("selected"), arrays["attention_mask"]
+    outputs = runtime.infer(arrays)
+    problem = _problem(outputs, output, mask.shape)
+    if problem is None:
+        kept = outputs[output][selected[:, 0], selected[:, 1]]
+        wide = np.float64 if runtime.model.dtype == "float64" else np.float32
+        np.savez(scratch / kept_file(number), kept=kept.astype(wide, copy=False))
+    facts = [
+        {
+            "name": name,
+            "dtype": str(array.dtype),
+            "shape": list(array.shape),
+            "nonfinite": count_nonfinite(array, mask),
+        }
+        for name, array in outputs.items()
+    ]
+    return {"outputs": facts, "problem": problem}
+
+
+def _problem(outputs: Arrays, wanted: str, shape: tuple[int, ...]) -> str | None:
+    if wanted not in outputs:
+        return f"expected output {wanted}; found {', '.join(map(ascii, outputs)) or 'none'}"
+    found = outputs[wanted].shape
+    if len(found) != 3 or found[:2] != shape:
+        return f"expected output {wanted} of shape {[*shape, 'n']}; found {list(found)}"
+    return None
+
+
+def count_nonfinite(array: NDArray[Any], mask: NDArray[np.int64]) -> int:
+    """NaN and infinite values at positions with mask 1.
+
+    Axis 1 is the length in [batch, length, …], the end of axis 2 in a cache [batch, heads,
+    length, size]; of outputs with neither, every element counts.
+    """
+    if array.dtype.kind not in "fc":
+        return 0
+    real = mask.astype(bool)
+    bad = ~np.isfinite(array)
+    if array.shape[:2] == mask.shape:
+        bad = bad[real]
+    elif array.ndim == 4 and array.shape[0] == len(mask) and array.shape[2] >= mask.shape[1]:
+        bad = bad[:, :, array.shape[2] - mask.shape[1] :].swapaxes(1, 2)[real]
+    return int(bad.sum())
+
+
+def _generate(runtime: Runtime, request: dict[str, Any]) -> dict[str, Any]:
+    prompts = tuple(tuple(prompt) for prompt in request["prompts"])
+    wanted = Generation(prompts, request["max_new_tokens"], tuple(request["eos"]))
+    found = generate(runtime, wanted)
+    return {"tokens": found.tokens, "nonfinite": found.nonfinite}
+
+
+def _embed(runtime: Runtime, path: Path, job: dict[str, Any]) -> str | None:
+    """Writes rows [V, d] chunk by chunk; a graph without a lookup is a problem to report."""
+    total, chunk, rows = job["embedding_rows"], job["embedding_chunk"], None
+    if total == 0:
+        return "no embedding rows were asked for"
+    for begin in range(0, total, chunk):
+        ids = np.arange(begin, min(begin + chunk, total), dtype=np.int64)
+        try:
+            part = runtime.embedding(ids)
+        except OnnxError as error:
+            return str(error)
+        if rows is None:
+            shape = (total, part.shape[1])
+            rows = np.lib.format.open_memmap(path, "w+", dtype=part.dtype, shape=shape)
+        rows[begin : begin + len(ids)] = part
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(process.serve(sys.argv[1], work))

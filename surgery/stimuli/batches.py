@@ -1,0 +1,117 @@
+"""Rectangular batches: prompts padded left, and seeded probes of shapes no trace has seen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surgery.stimuli.interface import Batch, Stimulus
+
+ROWS = 16
+LONGEST_PROBE = 256
+
+Padding = Literal["none", "left", "right"]
+
+PROBES: tuple[tuple[str, int, int, Padding], ...] = (
+    ("batch 1, length 1", 1, 1, "none"),
+    ("batch 1, length 5", 1, 5, "none"),
+    ("batch 5, length 13", 5, 13, "none"),
+    ("batch 3, left padding", 3, 17, "left"),
+    ("batch 3, right padding", 3, 17, "right"),
+)
+"""Name, rows, columns and padding of each seeded probe; none has the shape that is traced."""
+
+
+def prompt_batches(
+    stimuli: Sequence[Stimulus], tokens: Mapping[str, tuple[int, ...]]
+) -> Iterator[Batch]:
+    """The prompts of each set in batches of at most 16 rows of similar length, padded left."""
+    for name in dict.fromkeys(stimulus.set for stimulus in stimuli):
+        ids = sorted((s.id for s in stimuli if s.set == name), key=lambda i: len(tokens[i]))
+        for start in range(0, len(ids), ROWS):
+            rows = ids[start : start + ROWS]
+            title = f"{name}/{start // ROWS}"
+            yield pad(title, name, [tokens[row] for row in rows], "left", tuple(rows))
+
+
+def probe_batches(vocab: int, positions: int, seed: int) -> Iterator[Batch]:
+    """Seeded random tokens in every shape of `PROBES` that fits, and one long row."""
+    generator = np.random.default_rng(seed)
+    longest = min(positions, LONGEST_PROBE)
+    shapes = [*PROBES, (f"batch 1, length {longest}", 1, longest, "none")]
+    for title, rows, columns, padding in shapes:
+        columns = min(columns, positions)
+        lengths = _lengths(rows, columns, padding)
+        ids = [tuple(generator.integers(0, vocab, n).tolist()) for n in lengths]
+        side: Padding = "left" if padding == "none" else padding
+        names = tuple(f"seed {seed} row {row}" for row in range(rows))
+        yield pad(f"probe/{title}", "probe", ids, side, names)
+
+
+def _lengths(rows: int, columns: int, padding: Padding) -> list[int]:
+    if padding == "none":
+        return [columns] * rows
+    return [max(1, columns - row * (columns // rows)) for row in range(rows)]
+
+
+def pad(
+    name: str,
+    stimulus_set: str,
+    ids: Sequence[tuple[int, ...]],
+    side: Literal["left", "right"],
+    rows: tuple[str, ...],
+) -> Batch:
+    """`ids` as one batch padded with token 0 on `side`; every real position selected.
+
+    Positions count real tokens from 0 (`cumsum(mask) - 1`, as `generate` does); padding gets 0.
+    """
+    length = max(len(row) for row in ids)
+    tokens = np.zeros((len(ids), length), np.int64)
+    mask = np.zeros((len(ids), length), np.int64)
+    for row, own in enumerate(ids):
+        span = slice(length - len(own), length) if side == "left" else slice(0, len(own))
+        tokens[row, span], mask[row, span] = own, 1
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0) * mask
+    return Batch(name, stimulus_set, tokens, mask, positions, np.argwhere(mask == 1), rows)
+
+
+def within_budget(batches: Sequence[Batch], position_bytes: int, budget: int, seed: int) -> list[Batch]:
+    """`batches` with as many selected positions as fit in `budget` bytes of output.
+
+    `position_bytes` is the size of one position's output. The last real position of every row
+    always stays; of the others, a seeded sample.
+    """
+    generator = np.random.default_rng(seed)
+    last = sum(len(batch.rows) for batch in batches)
+    total = sum(len(batch.selected) for batch in batches)
+    share = (budget // position_bytes - last) / max(1, total - last)
+    return [_sample(batch, max(0.0, share), generator) for batch in batches] if share < 1 else list(batches)
+
+
+def _sample(batch: Batch, share: float, generator: np.random.Generator) -> Batch:
+    last = last_positions(batch)
+    kept = generator.random(len(batch.selected)) < share
+    for row, column in enumerate(last):
+        kept |= (batch.selected == (row, column)).all(axis=1)
+    return replace(batch, selected=batch.selected[kept])
+
+
+def last_positions(batch: Batch) -> NDArray[np.int64]:
+    """The column of the last real token of each row."""
+    length = batch.attention_mask.shape[1]
+    return np.asarray(length - 1 - np.argmax(batch.attention_mask[:, ::-1], axis=1), np.int64)
+
+
+def digest(batches: Sequence[Batch]) -> str:
+    """SHA-256 over names and contents: the name under which a run can be repeated."""
+    hasher = hashlib.sha256()
+    for batch in batches:
+        hasher.update(batch.name.encode())
+        for array in (*batch.inputs().values(), batch.selected):
+            hasher.update(np.ascontiguousarray(array).tobytes())
+    return hasher.hexdigest()

@@ -1,0 +1,111 @@
+"""Stimuli files: JSON lines of prompts or token ids, and their tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
+
+from surgery.documents import load_json, read_text, validate
+from surgery.errors import StimuliError, quote
+from surgery.stimuli.interface import Stimulus
+
+MAX_FILE_BYTES = 64 << 20
+TOKENIZER = "tokenizer.json"
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    id: Annotated[str, Field(min_length=1)]
+    set: Literal["target", "preserve", "probe"]
+    prompt: Annotated[str, Field(min_length=1)] | None = None
+    input_ids: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
+    answers: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] | None = None
+
+    @model_validator(mode="after")
+    def _one_input(self) -> _Line:
+        if (self.prompt is None) == (self.input_ids is None):
+            raise ValueError("give either prompt or input_ids")
+        return self
+
+
+def load_stimuli(paths: Iterable[Path]) -> tuple[Stimulus, ...]:
+    """Every line of every file, in order; raises `StimuliError` naming file, line and field.
+
+    Ids must be unique across the files: a finding names a stimulus by its id.
+    """
+    found: dict[str, Stimulus] = {}
+    for path in paths:
+        text = read_text(path, StimuliError, MAX_FILE_BYTES)
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                stimulus = _parse(line, str(path), number)
+                if stimulus.id in found:
+                    raise StimuliError(f"{path}: id {quote(stimulus.id)} comes twice (line {number})")
+                found[stimulus.id] = stimulus
+    return tuple(found.values())
+
+
+def _parse(line: str, source: str, number: int) -> Stimulus:
+    document = load_json(line, source, StimuliError, number)
+    parsed: Any = validate(_Line, document, StimuliError)
+    return Stimulus(parsed.id, parsed.set, parsed.prompt, parsed.input_ids, parsed.answers)
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint folder, without importing torch.
+
+    `tokenizer.json` is what `AutoTokenizer` itself runs; prompts get the special tokens its
+    post-processor adds.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer as Fast
+
+        path = folder / TOKENIZER
+        if not path.is_file():
+            raise StimuliError(f"{folder}: has no {TOKENIZER}; give input_ids in place of prompt")
+        # The library raises bare Exception for any malformed file.
+        try:
+            self._fast = Fast.from_file(str(path))
+        except Exception as error:
+            raise StimuliError(f"{path}: not a tokenizer: {quote(error)}") from None
+        self._fast.no_padding()
+        self._fast.no_truncation()
+        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._fast.encode(text).ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return str(self._fast.decode(list(ids), skip_special_tokens=True))
+
+
+def tokens_of(
+    stimuli: Iterable[Stimulus], tokenizer: Tokenizer | None, vocab: int, positions: int
+) -> dict[str, tuple[int, ...]]:
+    """Token ids by stimulus id; raises `StimuliError` for ids or lengths the model cannot take."""
+    found: dict[str, tuple[int, ...]] = {}
+    for stimulus in stimuli:
+        ids = stimulus.input_ids or _encode(stimulus, tokenizer)
+        if not ids or len(ids) > positions:
+            raise StimuliError(
+                f"stimulus {quote(stimulus.id)}: has {len(ids)} tokens; this model takes 1 to "
+                f"{positions}"
+            )
+        if max(ids) >= vocab:
+            raise StimuliError(
+                f"stimulus {quote(stimulus.id)}: token id {max(ids)} is out of range 0 to {vocab - 1}"
+            )
+        found[stimulus.id] = ids
+    return found
+
+
+def _encode(stimulus: Stimulus, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    if tokenizer is None or stimulus.prompt is None:
+        raise StimuliError(f"stimulus {quote(stimulus.id)}: a prompt needs a {TOKENIZER}")
+    return tokenizer.encode(stimulus.prompt)
