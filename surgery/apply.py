@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from surgery.addresses import Region
 from surgery.checkpoint import CONFIG, INDEX, RECEIPT, Checkpoint, Staging, TensorInfo
 from surgery.checkpoint.dtypes import compute_dtype, numpy_dtype
-from surgery.checkpoint.files import read_exactly, sha256_file
+from surgery.checkpoint.files import read_small, sha256_file
 from surgery.checkpoint.layout import NewTensor, extended_index
 from surgery.checkpoint.receipt import EDIT_PREDICATE, seal, statement
 from surgery.edits.engine import round_once
 from surgery.edits.interface import Array
+from surgery.errors import CheckpointError
 from surgery.modelcard import MODEL_CARD, describe_edit
 from surgery.plan import Plan, Step, plan
 
@@ -108,7 +109,7 @@ class Editor:
         """`stored`, the rows `rows` of a tensor, after every edit, rounded once."""
         numbers = stored.astype(compute_dtype(self.plan.tensors[tensor].dtype))
         edited = self._run(numbers, self.plan.steps_of(tensor), rows)
-        return round_once(tensor, stored, edited)
+        return round_once(rows, stored, edited)
 
     def _run(self, numbers: Array, steps: Any, rows: Region) -> Array:
         with np.errstate(over="ignore", invalid="ignore"):
@@ -148,7 +149,7 @@ def _copy(plan: Plan, staging: Staging) -> tuple[dict[str, str], dict[str, str]]
     base = plan.base
     read = {file: _copy_shard(plan, staging, file) for file in base.headers}
     written = dict(read)
-    replaced = _replacements(plan)
+    replaced = replacements(plan, base.root.resolve().name)
     for file in [*base.side_files, *set(base.weight_files) - set(read)]:
         if file in replaced:
             read[file] = sha256_file(base.path(file))
@@ -159,11 +160,11 @@ def _copy(plan: Plan, staging: Staging) -> tuple[dict[str, str], dict[str, str]]
     return read, written
 
 
-def _replacements(plan: Plan) -> dict[str, bytes]:
+def replacements(plan: Plan, base_name: str) -> dict[str, bytes]:
     """Files that are written anew: the model card, and config and index where they change."""
     base = plan.base
     card = base.path(MODEL_CARD).read_bytes() if MODEL_CARD in base.side_files else b""
-    replaced = {MODEL_CARD: describe_edit(card, base.root.resolve().name, plan.recipe)}
+    replaced = {MODEL_CARD: describe_edit(card, base_name, plan.recipe)}
     if plan.config:
         config = base.config | plan.config
         replaced[CONFIG] = json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
@@ -273,8 +274,12 @@ def _predicate(
 
 def _parents(base: Checkpoint) -> Iterator[dict[str, str]]:
     if RECEIPT in base.not_carried:
-        path = base.path(RECEIPT)
-        yield {"sha256": sha256_file(path), "text": path.read_text("utf-8")}
+        raw = read_small(base.path(RECEIPT))
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{base.root / RECEIPT}: is not UTF-8; remove it") from None
+        yield {"sha256": hashlib.sha256(raw).hexdigest(), "text": text}
 
 
 def environment() -> dict[str, str]:
@@ -286,4 +291,3 @@ def environment() -> dict[str, str]:
         "cpu": platform.processor() or platform.machine(),
         "threads": str(os.cpu_count()),
     }
-

@@ -2,9 +2,9 @@
 
 The law: what is loaded is what is on the page. So no duplicate keys (which one wins?), no tags,
 anchors or aliases (a few lines that stand for gigabytes), no second document, no directives, no
-control characters or lone surrogates; at most 1 MiB, 100,000 values and 32 levels. YAML is 1.2 with the core
-schema: `1e-3` is a number and `no` is a string. JSON has no NaN; YAML's `.nan` and `.inf` load as
-floats, for the models to refuse by name.
+control characters or lone surrogates; at most 1 MiB, 100,000 values and 32 levels. YAML is 1.2
+with the core schema: `1e-3` is a number and `no` is a string. JSON has no NaN; YAML's `.nan` and
+`.inf` load as floats, for the models to refuse by name.
 
 Every error is one line, `'source': problem @ path (line N); problem @ path (line N); …`.
 """
@@ -17,9 +17,9 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError
 
 from surgery.errors import InputError, quote
 from surgery.registry import suggest
@@ -40,6 +40,17 @@ MAX_PROBLEMS = 20
 """Problems named in one line; a file of wrong lines would otherwise answer with a megabyte."""
 
 Error = type[InputError]
+
+
+def _whole(value: Any) -> Any:
+    if type(value) is not int:
+        raise ValueError("expected 1")
+    return value
+
+
+SchemaOne = Annotated[Literal[1], BeforeValidator(_whole)]
+"""The version of a format. `Literal[1]` alone would take `true` and `1.0`, which equal 1."""
+
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 

@@ -91,4 +91,4 @@ def quote(text: object, limit: int = 80) -> str:
     surrogates or a megabyte of text, none of which may reach a terminal or a log line.
     """
     literal = ascii(str(text))
-    return literal if len(literal) <= limit else f"{literal[: limit - 4]}…{literal[-1]}"
+    return literal if len(literal) <= limit else f"{literal[: limit - 4]}...{literal[-1]}"

@@ -33,7 +33,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Corner:
-    """One model in one runtime: what ran and whether it ran to its end."""
+    """One model in one runtime: what ran, whether it ran to its end, and if not, why (`detail`).
+
+    `seconds` is wall time and `peak_bytes` peak resident memory of the child process.
+    """
 
     runtime: str
     model: str
@@ -41,6 +44,7 @@ class Corner:
     seconds: float
     peak_bytes: int
     batches: int
+    detail: str = ""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ PASS, FAIL, NOT_EVALUATED = "pass", "fail", "not_evaluated"
 RUNTIMES = {"T": "PyTorch", "R": "ONNX Runtime"}
 
 MUCH_WORSE = 4.0
-"""C_e over C_o from which the edit's own conversion is blamed. Clean edges differ by less than 2."""
+"""How far apart C_e and C_o must be to blame one conversion and not the converter; words only."""
 
 RHO_TOLERANCE = 0.15
 """How near rho must be to -1, -0.5 or +1 to be named; a quarter lost stays unnamed."""
@@ -69,7 +69,8 @@ def judge(evidence: Evidence, policy: Policy) -> Verdict:
 def _corners(evidence: Evidence) -> Iterator[Finding]:
     for name, corner in evidence.corners.items():
         if corner.status != "ok":
-            message = f"{name} ({corner.runtime}) ended with status {corner.status}"
+            why = f": {corner.detail}" if corner.detail else ""
+            message = f"{name} ({corner.runtime}) ended with status {corner.status}{why}"
             yield Finding("run", corner.status, name, message)
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from surgery.arch import Architecture, extend, identify
 from surgery.checkpoint import Checkpoint, Header, TensorInfo
-from surgery.checkpoint.dtypes import EDITABLE, compute_dtype
+from surgery.checkpoint.dtypes import EDITABLE, compute_dtype, numpy_dtype
 from surgery.checkpoint.layout import NewTensor, extended_headers, tensors_of
 from surgery.edits import Addition, Edit, Target
 from surgery.errors import EditError, InputError, RecipeError
@@ -63,9 +68,11 @@ class Plan:
     @property
     def edited_bytes(self) -> int:
         """Bytes of every region that is written."""
-        return sum(
-            step.target.region.size * _itemsize(self.tensors[step.tensor]) for step in self.steps
-        )
+        return sum(map(self.written_bytes, self.steps))
+
+    def written_bytes(self, step: Step) -> int:
+        """Bytes of the region of one step."""
+        return step.target.region.size * numpy_dtype(self.tensors[step.tensor].dtype).itemsize
 
     @property
     def disk_bytes(self) -> int:
@@ -82,19 +89,8 @@ class Plan:
         return max((_working_bytes(self.tensors[name]) for name in self.edited), default=0)
 
 
-def _itemsize(info: TensorInfo) -> int:
-    return info.nbytes // max(1, _elements(info))
-
-
-def _elements(info: TensorInfo) -> int:
-    count = 1
-    for size in info.shape:
-        count *= size
-    return count
-
-
 def _working_bytes(info: TensorInfo) -> int:
-    return info.nbytes + 3 * _elements(info) * compute_dtype(info.dtype).itemsize
+    return info.nbytes + 3 * math.prod(info.shape) * compute_dtype(info.dtype).itemsize
 
 
 def plan(recipe: Path, model: Path, *, allow_outside: bool = False) -> Plan:
@@ -125,10 +121,17 @@ def make_plan(recipe: Recipe, base: Checkpoint) -> Plan:
 
 def _build(recipe: Recipe, arch: Architecture, folder: RecipeFolder) -> Iterator[Edit]:
     for index, fields in enumerate(recipe.edits):
-        try:
+        with _located(recipe, index):
             yield fields.build(arch, folder)
-        except InputError as error:
-            raise type(error)(f"{recipe.source}: {error} @ edits[{index}]") from None
+
+
+@contextmanager
+def _located(recipe: Recipe, index: int) -> Iterator[None]:
+    """Adds to errors raised within which edit of which recipe they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f"{recipe.source}: {error} @ edits[{index}]") from None
 
 
 def _layouts(
@@ -159,7 +162,8 @@ def _untie(
     """What it takes to untie the head, if an edit changes a tied embedding; else nothing."""
     embed = arch.name(arch.facts.tie.embed)
     head = arch.name(arch.facts.tie.head)
-    written = {target.region.tensor for edit in edits for target in edit.targets(arch, tensors)}
+    targets = _targets(recipe, arch, edits, tensors)
+    written = {target.region.tensor for _, target in targets}
     if not arch.tied or not written & {embed, head}:
         return (), {}
     if not recipe.untie:
@@ -167,36 +171,62 @@ def _untie(
             f"{recipe.source}: edits {embed!r}, which is also the output head of this model; "
             "say untie: true to give the head a copy of its own first"
         )
-    config = {"tie_word_embeddings": False}
-    if head in base.tensors:
-        return (), config
-    copy = Addition(head, base.info(embed).shape, embed, copy=True)
-    return (_new_tensor(base, copy),), config
+    pairs = {head: embed}
+    if arch.facts.tie.bias is not None:
+        pairs[arch.name(arch.facts.tie.head, kind="bias")] = arch.name(arch.facts.tie.bias)
+    copies = [
+        _new_tensor(base, Addition(copy, base.info(source).shape, source, copy=True))
+        for copy, source in pairs.items()
+        if copy not in base.tensors and source in base.tensors
+    ]
+    return tuple(copies), {"tie_word_embeddings": False}
+
+
+def _targets(
+    recipe: Recipe, arch: Architecture, edits: tuple[Edit, ...], tensors: dict[str, TensorInfo]
+) -> Iterator[tuple[int, Target]]:
+    """Every target of every edit with the edit's number."""
+    for index, edit in enumerate(edits):
+        with _located(recipe, index):
+            targets = edit.targets(arch, tensors)
+        yield from ((index, target) for target in targets)
 
 
 def _steps(
     recipe: Recipe, arch: Architecture, edits: tuple[Edit, ...], tensors: dict[str, TensorInfo]
 ) -> tuple[Step, ...]:
     steps = []
-    for index, edit in enumerate(edits):
-        for target in edit.targets(arch, tensors):
-            name = target.region.tensor
-            if tensors[name].dtype not in EDITABLE:
-                raise EditError(
-                    f"{recipe.source}: {name!r} is stored as {tensors[name].dtype}, which cannot "
-                    f"be edited; editable: {', '.join(EDITABLE)} @ edits[{index}]"
-                )
-            steps.append(Step(index, target, str(arch.roles[name])))
+    for index, target in _targets(recipe, arch, edits, tensors):
+        name = target.region.tensor
+        if tensors[name].dtype not in EDITABLE:
+            raise EditError(
+                f"{recipe.source}: {name!r} is stored as {tensors[name].dtype}, which cannot "
+                f"be edited; editable: {', '.join(EDITABLE)} @ edits[{index}]"
+            )
+        steps.append(Step(index, target, str(arch.roles[name])))
     return tuple(steps)
 
 
 def _refuse_conflicts(recipe: Recipe, steps: tuple[Step, ...]) -> None:
-    earlier: dict[str, list[Step]] = {}
+    grouped: dict[str, dict[int, list[Step]]] = {}
     for step in steps:
-        for other in earlier.setdefault(step.tensor, []):
-            if step.edit != other.edit and step.target.conflicts(other.target):
+        grouped.setdefault(step.tensor, {}).setdefault(step.edit, []).append(step)
+    for edits in grouped.values():
+        for first, second in combinations(edits.values(), 2):
+            _refuse_conflict(recipe, first, second)
+
+
+def _refuse_conflict(recipe: Recipe, first: list[Step], second: list[Step]) -> None:
+    """Compares the regions two edits have in one tensor, each with all of the other at once: a
+    list of neurons can be thousands of regions, and pairs of those are millions."""
+    start = np.array([step.target.region.start for step in first])
+    stop = np.array([step.target.region.stop for step in first])
+    for step in second:
+        region = step.target.region
+        shared = np.minimum(stop, region.stop) > np.maximum(start, region.start)
+        for index in np.flatnonzero(shared.all(axis=1)):
+            if step.target.conflicts(first[index].target):
                 raise RecipeError(
-                    f"{recipe.source}: edits[{other.edit}] and edits[{step.edit}] both change "
-                    f"{step.target.region}; say allow_overlap: true to apply them in order"
+                    f"{recipe.source}: edits[{first[index].edit}] and edits[{step.edit}] both "
+                    f"change {region}; say allow_overlap: true to apply them in order"
                 )
-        earlier[step.tensor].append(step)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from surgery.documents import load_file, validate
+from surgery.documents import SchemaOne, load_file, validate
 from surgery.errors import PolicyError
 
 CONVERSION_MAX_NOISE_RATIO = 8.0
@@ -91,7 +91,7 @@ class TargetRule(_Section):
 class Policy(_Section):
     """Everything `surgery.gate.judge` asks for besides the evidence."""
 
-    schema_: Literal[1] = Field(alias="schema")
+    schema_: SchemaOne = Field(alias="schema")
     conversion: ConversionPolicy = ConversionPolicy()
     interaction: InteractionPolicy = InteractionPolicy()
     preserve: PreservePolicy = PreservePolicy()

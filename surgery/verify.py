@@ -7,6 +7,7 @@ unit in the last place of the stored dtype) and every other byte the base's own.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from surgery.addresses import Region
-from surgery.apply import Editor
-from surgery.checkpoint import EXPORT_RECEIPT, RECEIPT, Checkpoint
+from surgery.apply import Editor, replacements
+from surgery.checkpoint import CONFIG, EXPORT_RECEIPT, RECEIPT, Checkpoint
 from surgery.checkpoint.files import list_files, resolve_inside, sha256_file
 from surgery.checkpoint.layout import tensors_of
 from surgery.checkpoint.receipt import (
@@ -27,7 +29,7 @@ from surgery.checkpoint.receipt import (
     open_receipt,
     subjects,
 )
-from surgery.errors import CheckpointError, InputError, ReceiptError, RecipeError
+from surgery.errors import CheckpointError, InputError, ReceiptError, RecipeError, quote
 from surgery.evidence import Finding
 from surgery.plan import Plan, make_plan
 from surgery.recipe import Recipe, load_recipe, parse_recipe
@@ -58,8 +60,8 @@ def verify(edited: Path, base: Path | None = None, recipe: Path | None = None) -
     if recipe is not None and base is None:
         raise ReceiptError("--recipe goes with --base: it says what was made of the base")
     try:
-        receipt = open_receipt(edited / RECEIPT, EDIT_PREDICATE)
-        expected = dict(_expected(edited, receipt))
+        receipt = _read_receipt(edited)
+        expected = receipt.subjects | dict(_exported(edited))
     except MalformedReceipt as error:
         return Verification(0, 0, (Finding("verify", "malformed receipt", RECEIPT, str(error)),))
     findings = list(_check_files(edited, expected))
@@ -70,21 +72,58 @@ def verify(edited: Path, base: Path | None = None, recipe: Path | None = None) -
     return Verification(len(expected), tensors, tuple(findings))
 
 
-def _expected(edited: Path, receipt: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Every file that may be there, by name, with its SHA-256."""
-    yield from subjects(receipt, edited / RECEIPT).items()
-    if (edited / EXPORT_RECEIPT).exists():
-        export = open_receipt(edited / EXPORT_RECEIPT, EXPORT_PREDICATE)
-        yield from subjects(export, edited / EXPORT_RECEIPT).items()
+class _BaseRecord(BaseModel):
+    name: str
+    files: dict[str, str]
+
+
+class _RecipeRecord(BaseModel):
+    text: str
+    sha256: str
+
+
+class _Receipt(BaseModel):
+    """What checking needs of a receipt; `subjects` maps each file to its SHA-256."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    subjects: dict[str, str]
+    base: _BaseRecord
+    recipe: _RecipeRecord
+    inputs: dict[str, str]
+
+
+def _read_receipt(edited: Path) -> _Receipt:
+    receipt = open_receipt(edited / RECEIPT, EDIT_PREDICATE)
+    named, predicate = subjects(receipt, edited / RECEIPT), receipt.get("predicate")
+    if not isinstance(predicate, dict):
+        raise MalformedReceipt(f"{edited / RECEIPT}: its predicate is not an object")
+    try:
+        return _Receipt.model_validate({**predicate, "subjects": named})
+    except ValidationError as error:
+        places = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
+        raise MalformedReceipt(
+            f"{edited / RECEIPT}: its predicate has malformed {places}"
+        ) from None
+
+
+def _exported(edited: Path) -> dict[str, str]:
+    """The files of a linked export, and the receipt that names them."""
+    path = edited / EXPORT_RECEIPT
+    return subjects(open_receipt(path, EXPORT_PREDICATE), path) if path.exists() else {}
 
 
 def _check_files(edited: Path, expected: dict[str, str]) -> Iterator[Finding]:
-    found = set(list_files(edited, hidden=True)) - {RECEIPT, EXPORT_RECEIPT}
+    try:
+        found = set(list_files(edited, hidden=True)) - _receipts(edited)
+    except CheckpointError as error:
+        yield Finding("verify", "unreadable folder", str(edited), str(error))
+        return
     for name in sorted(found - set(expected)):
-        yield Finding("verify", "extra file", name, f"{name}: is named by no receipt")
+        yield Finding("verify", "extra file", name, f"{quote(name)}: is named by no receipt")
     for name, digest in sorted(expected.items()):
         if name not in found:
-            yield Finding("verify", "missing file", name, f"{name}: is missing")
+            yield Finding("verify", "missing file", name, f"{quote(name)}: is missing")
             continue
         try:
             actual = sha256_file(resolve_inside(edited, name))
@@ -92,20 +131,24 @@ def _check_files(edited: Path, expected: dict[str, str]) -> Iterator[Finding]:
             yield Finding("verify", "unreadable file", name, str(error))
             continue
         if actual != digest:
-            message = f"{name}: SHA-256 is {actual}, the receipt says {digest}"
+            message = f"{quote(name)}: SHA-256 is {actual}, the receipt says {quote(digest)}"
             yield Finding("verify", "changed file", name, message)
 
 
+def _receipts(edited: Path) -> set[str]:
+    """The receipts that were opened: those no receipt has to name."""
+    return {RECEIPT} | ({EXPORT_RECEIPT} if (edited / EXPORT_RECEIPT).exists() else set())
+
+
 def _check_against_base(
-    edited: Path, base: Path, recipe: Path | None, receipt: dict[str, Any]
+    edited: Path, base: Path, recipe: Path | None, receipt: _Receipt
 ) -> tuple[int, list[Finding]]:
     original = Checkpoint.open(base)
-    predicate = receipt["predicate"]
-    findings = list(_check_base_files(original, predicate["base"]["files"]))
+    findings = list(_check_base_files(original, receipt.base.files))
     if findings:
         return 0, findings
     plan = make_plan(_recipe(recipe, receipt, edited), original)
-    if plan.inputs != predicate["inputs"]:
+    if plan.inputs != receipt.inputs:
         message = "the files the recipe reads are not those it read when it was applied"
         return 0, [Finding("verify", "changed input", plan.recipe.source, message)]
     try:
@@ -117,26 +160,40 @@ def _check_against_base(
         return 0, [Finding("verify", "changed header", str(edited), message)]
     editor = Editor(plan)
     names = tensors_of(plan.headers)
-    return len(names), [f for name in names for f in _check_tensor(editor, result, name)]
+    wrong = [f for name in names for f in _check_tensor(editor, result, name)]
+    return len(names), [*_check_copies(plan, receipt), *wrong]
+
+
+def _check_copies(plan: Plan, receipt: _Receipt) -> Iterator[Finding]:
+    """Compares every file but the shards, by the digests that were checked, with what the
+    recipe makes of the base's; shards are compared tensor by tensor."""
+    base, written = plan.base, replacements(plan, receipt.base.name)
+    index = set(base.weight_files) - set(base.headers)
+    made = {file: sha256_file(base.path(file)) for file in {*base.side_files, *index}}
+    made |= {file: hashlib.sha256(data).hexdigest() for file, data in written.items()}
+    claimed = {f: digest for f, digest in receipt.subjects.items() if f not in plan.headers}
+    for file in sorted({*made, *claimed}):
+        if made.get(file) != claimed.get(file):
+            message = f"{quote(file)}: is not what the recipe makes of the base's"
+            yield Finding("verify", "changed file", file, message)
 
 
 def _check_base_files(base: Checkpoint, digests: dict[str, str]) -> Iterator[Finding]:
-    for file in base.weight_files:
+    for file in (CONFIG, *base.weight_files):
         if sha256_file(base.path(file)) != digests.get(file):
             message = f"{base.root / file}: is not the base this checkpoint was made from"
             yield Finding("verify", "another base", file, message)
 
 
-def _recipe(recipe: Path | None, receipt: dict[str, Any], edited: Path) -> Recipe:
-    recorded = receipt["predicate"]["recipe"]
+def _recipe(recipe: Path | None, receipt: _Receipt, edited: Path) -> Recipe:
     if recipe is None:
-        if receipt["predicate"]["inputs"]:
+        if receipt.inputs:
             raise ReceiptError(
                 f"{edited}: its recipe reads files; give it with --recipe so that they are found"
             )
-        return parse_recipe(recorded["text"], f"{edited}: recipe", edited)
+        return parse_recipe(receipt.recipe.text, f"{edited}: recipe", edited)
     loaded = load_recipe(recipe, allow_outside=True)
-    if loaded.sha256 != recorded["sha256"]:
+    if loaded.sha256 != receipt.recipe.sha256:
         raise RecipeError(f"{recipe}: is not the recipe that {edited} was made with")
     return loaded
 
@@ -148,7 +205,9 @@ def _check_tensor(editor: Editor, result: Checkpoint, name: str) -> Iterator[Fin
     if not steps:
         source = _source_bytes(editor, name)
         if result.read_bytes(name) != source:
-            yield Finding("verify", "changed tensor", name, f"{name}: differs, yet no edit names it")
+            yield Finding(
+                "verify", "changed tensor", name, f"{name}: differs, yet no edit names it"
+            )
         return
     found, stored = result.read(name), editor.stored(name)
     expected = editor.rows(name, stored, Region.whole(name, stored.shape))
@@ -156,7 +215,9 @@ def _check_tensor(editor: Editor, result: Checkpoint, name: str) -> Iterator[Fin
     for step in steps:
         inside[step.target.region.slices] = True
     exact = found.view(_bits(found)) == stored.view(_bits(stored))
-    near = ulp_distance(found, expected) <= 1
+    # The largest finite number, infinity and NaN are neighbours in bits, not in meaning.
+    near = (ulp_distance(found, expected) <= 1) & (np.isfinite(found) == np.isfinite(expected))
+    near &= np.isnan(found) == np.isnan(expected)
     wrong = ~np.where(inside, near | (np.isnan(found) & np.isnan(expected)), exact)
     if wrong.any():
         index = [int(i) for i in np.argwhere(wrong)[0]]

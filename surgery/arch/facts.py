@@ -22,11 +22,15 @@ class SizeFact(_Facts):
 
 
 class TieFact(_Facts):
-    """Which role's weight is the same tensor as the embedding's unless the config says otherwise."""
+    """Which role's weight is the same tensor as the embedding's unless the config says otherwise.
+
+    `bias`: the role whose tensor is also the head's bias as long as they are tied.
+    """
 
     default: bool
     head: str
     embed: str
+    bias: str | None = None
 
 
 class ModuleFact(_Facts):

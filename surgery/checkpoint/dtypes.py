@@ -50,5 +50,7 @@ def compute_dtype(name: str) -> np.dtype[Any]:
     Raises `CheckpointError` for types that are no edit targets.
     """
     if name not in EDITABLE:
-        raise CheckpointError(f"dtype {quote(name)} cannot be edited; editable: {', '.join(EDITABLE)}")
+        raise CheckpointError(
+            f"dtype {quote(name)} cannot be edited; editable: {', '.join(EDITABLE)}"
+        )
     return np.dtype(np.float64 if name == "F64" else np.float32)

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,17 @@ def resolve_inside(root: Path, relative: str) -> Path:
     the hub cache lays files out. Raises `CheckpointError` for links that lead elsewhere or
     loop, and for FIFOs, devices and missing files.
     """
-    path = root / relative
+    where = f"{root}: {quote(relative)}"
     try:
-        real = path.resolve(strict=True)
+        real = (root / relative).resolve(strict=True)
         mode = real.stat().st_mode
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "symbolic link loop"
-        raise CheckpointError(f"{path}: cannot be read: {reason}") from None
+        raise CheckpointError(f"{where} cannot be read: {reason}") from None
     if not any(real.is_relative_to(folder) for folder in _homes(root)):
-        raise CheckpointError(f"{path}: is a link out of the folder, to {real}")
+        raise CheckpointError(f"{where} is a link out of the folder, to {quote(real)}")
     if not stat.S_ISREG(mode):
-        raise CheckpointError(f"{path}: is not a regular file")
+        raise CheckpointError(f"{where} is not a regular file")
     return real
 
 
@@ -86,10 +87,13 @@ def read_small(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
         return bytes(read_exactly(descriptor, 0, size, str(path)))
 
 
-def parse_json_object(raw: bytes, source: str) -> dict[str, Any]:
+def parse_json_object(
+    raw: bytes, source: str, parse_int: Callable[[str], Any] = int
+) -> dict[str, Any]:
     """`raw` as a JSON object without duplicate keys; raises `CheckpointError`."""
     try:
-        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_pairs)
+        text = raw.decode("utf-8")
+        parsed = json.loads(text, object_pairs_hook=unique_pairs, parse_int=parse_int)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{source}: not valid JSON: {quote(error)}") from None
     if not isinstance(parsed, dict):
@@ -101,8 +105,7 @@ def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A `json` object hook that refuses a key given twice, which the library would overwrite."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"duplicate key {twice!r}")
     return found
 

@@ -31,7 +31,8 @@ EXPORT_RECEIPT = "surgery-export.json"
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 _OTHER_WEIGHTS = re.compile(
     r"(^|/)onnx/|\.(bin|pth|pt|ckpt|h5|msgpack|gguf|onnx|onnx\.data|onnx_data|safetensors|npz)$"
-    r"|\.index\.json$"
+    r"|\.index\.json$",
+    re.IGNORECASE,
 )
 _CODE_KEYS = ("auto_map", "trust_remote_code", "_attn_implementation_internal")
 
@@ -163,7 +164,9 @@ def _merge(
     for shard, header in headers.items():
         for name, info in header.tensors.items():
             if name in tensors:
-                raise CheckpointError(f"{root}: {quote(name)} is in {tensors[name].file} and {shard}")
+                raise CheckpointError(
+                    f"{root}: {quote(name)} is in {tensors[name].file} and {shard}"
+                )
             tensors[name] = info
     if weight_map:
         _check_index(root, tensors, weight_map)
@@ -195,6 +198,8 @@ def _sort_side_files(
     for file in files:
         if file in weights:
             continue
+        if not file.isprintable():
+            raise CheckpointError(f"{root}: {quote(file)} is not a printable file name; rename it")
         if _OTHER_WEIGHTS.search(file) or file in (RECEIPT, EXPORT_RECEIPT):
             left.append(file)
         else:

@@ -104,12 +104,20 @@ def _header_length(prefix: bytes, size: int, file: str) -> int:
 def _parse_json(raw: bytes, file: str) -> dict[str, Any]:
     if not raw.startswith(b"{"):
         raise CheckpointError(f"{file}: the header must start with '{{', found {quote(raw[:8])}")
-    return parse_json_object(raw, f"{file}: header")
+    return parse_json_object(raw, f"{file}: header", parse_int=_integer)
+
+
+def _integer(text: str) -> int | float:
+    # -0 is a float to the reference reader; Python would make it the natural number 0.
+    return -0.0 if text == "-0" else int(text)
 
 
 def _metadata(metadata: Any, file: str) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{file}: __metadata__ must map strings to strings")
+    for text in [*metadata, *metadata.values()]:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise CheckpointError(f"{file}: __metadata__ holds a lone surrogate: {quote(text)}")
     return metadata
 
 
@@ -125,7 +133,9 @@ def _tensor(name: str, entry: Any, data_start: int, size: int, file: str) -> Ten
     if not _naturals(shape):
         raise CheckpointError(f"{where}: shape must be a list of integers from 0: {quote(shape)}")
     if not _naturals(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{where}: data_offsets must be two integers from 0: {quote(offsets)}")
+        raise CheckpointError(
+            f"{where}: data_offsets must be two integers from 0: {quote(offsets)}"
+        )
     begin, end = (data_start + offset for offset in offsets)
     _check_extent(where, dtype, shape, end - begin)
     if end > size:
@@ -145,7 +155,8 @@ def _naturals(value: Any) -> bool:
 def _check_extent(where: str, dtype: str, shape: list[int], nbytes: int) -> None:
     elements = math.prod(shape)
     bits = elements * BITS[dtype]
-    if elements > _MAX_ELEMENTS or bits % 8:
+    # A zero among the sizes must not hide an overflow among the others.
+    if math.prod(filter(None, shape)) * BITS[dtype] > 8 * _MAX_ELEMENTS or bits % 8:
         raise CheckpointError(f"{where}: {elements} elements of {dtype} are not a whole size")
     if bits // 8 != nbytes:
         raise CheckpointError(

@@ -69,7 +69,7 @@ def extended_index(base: Checkpoint, added: Sequence[NewTensor]) -> bytes | None
         ("total_size", sum(tensor.nbytes for tensor in added)),
         ("total_parameters", sum(math.prod(tensor.shape) for tensor in added)),
     ):
-        if key in metadata:
+        if isinstance(metadata.get(key), int):
             metadata[key] += amount
     return json.dumps(index, indent=2, sort_keys=False).encode() + b"\n"
 

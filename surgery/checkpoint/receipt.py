@@ -55,9 +55,13 @@ def open_receipt(path: Path, predicate_type: str) -> dict[str, Any]:
     try:
         raw = read_small(path)
         receipt = parse_json_object(raw, str(path))
+        sealed = receipt.get("self_sha256") == _self_digest(receipt) and canonical(receipt) == raw
     except CheckpointError as error:
         raise MalformedReceipt(str(error)) from None
-    if receipt.get("self_sha256") != _self_digest(receipt) or canonical(receipt) != raw:
+    except (ValueError, RecursionError):
+        # NaN, a lone surrogate or bottomless nesting: readable, but never written by `seal`.
+        raise MalformedReceipt(f"{path}: holds what no canonical JSON holds") from None
+    if not sealed:
         raise MalformedReceipt(f"{path}: is not as it was sealed: self_sha256 does not match")
     if receipt.get("_type") != STATEMENT or receipt.get("predicateType") != predicate_type:
         raise MalformedReceipt(f"{path}: is not a {predicate_type} statement")
@@ -67,9 +71,12 @@ def open_receipt(path: Path, predicate_type: str) -> dict[str, Any]:
 def subjects(receipt: dict[str, Any], source: Path) -> dict[str, str]:
     """Relative path to hex SHA-256 of every file the receipt names."""
     try:
-        named = {item["name"]: item["digest"]["sha256"] for item in receipt["subject"]}
+        pairs = [(item["name"], item["digest"]["sha256"]) for item in receipt["subject"]]
     except (KeyError, TypeError):
-        raise MalformedReceipt(f"{source}: its subject list is malformed") from None
+        pairs = [(None, None)]
+    named = dict(pairs)
+    if len(named) != len(pairs) or not all(isinstance(t, str) for pair in pairs for t in pair):
+        raise MalformedReceipt(f"{source}: its subject list is malformed")
     return named
 
 

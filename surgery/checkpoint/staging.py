@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -32,10 +33,12 @@ class Staging:
 
     def __enter__(self) -> Staging:
         parent = self.target.parent
+        self._made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         try:
             parent.mkdir(parents=True, exist_ok=True)
             name = tempfile.mkdtemp(prefix=f".{self.target.name}.", suffix=".staging", dir=parent)
         except OSError as error:
+            self._remove_parents()
             raise _output_error(parent, error) from None
         self.path = Path(name)
         # mkdtemp makes 0700; the folder shall have what the user's umask gives.
@@ -49,6 +52,7 @@ class Staging:
         trace: TracebackType | None,
     ) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+        self._remove_parents()
         if isinstance(error, OSError) and error.errno in _FULL:
             free = shutil.disk_usage(self.target.parent).free
             raise EnvironmentFault(
@@ -86,6 +90,12 @@ class Staging:
         except OSError as error:
             raise _output_error(self.target, error) from None
         _sync(self.target.parent)
+
+    def _remove_parents(self) -> None:
+        """Removes the folders made above the target, innermost first, as far as they are empty."""
+        with suppress(OSError):
+            for folder in self._made:
+                folder.rmdir()
 
     def _create(self, relative: str) -> Path:
         path = self.path / relative

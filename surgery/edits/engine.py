@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from surgery.addresses import Region
 from surgery.edits.interface import Array
 from surgery.errors import EditError, quote
 
 
-def round_once(tensor: str, stored: NDArray[Any], edited: Array) -> NDArray[Any]:
+def round_once(rows: Region, stored: NDArray[Any], edited: Array) -> NDArray[Any]:
     """`edited` in the dtype of `stored`, with the bits of `stored` wherever nothing changed.
 
-    Raises `EditError` naming the first element where a finite number became NaN or infinite,
-    in the computation or by overflow of the stored dtype.
+    Both are the part `rows` of a tensor. Raises `EditError` naming the first element where a
+    finite number became NaN or infinite, or an infinite one NaN, in the computation or by
+    overflow of the stored dtype.
     """
     before = stored.astype(edited.dtype)
     same = (before == edited) | (np.isnan(before) & np.isnan(edited))
@@ -28,15 +30,17 @@ def round_once(tensor: str, stored: NDArray[Any], edited: Array) -> NDArray[Any]
     same &= np.signbit(before) == np.signbit(edited)
     with np.errstate(over="ignore"):
         rounded = edited.astype(stored.dtype)
-    _refuse_non_finite(tensor, before, rounded)
+    _refuse_non_finite(rows, before, rounded)
     return np.where(same, stored, rounded)
 
 
-def _refuse_non_finite(tensor: str, before: Array, after: NDArray[Any]) -> None:
-    made = np.isfinite(before) & ~np.isfinite(after.astype(before.dtype))
+def _refuse_non_finite(rows: Region, before: Array, after: NDArray[Any]) -> None:
+    numbers = after.astype(before.dtype)
+    made = np.isfinite(before) & ~np.isfinite(numbers) | np.isinf(before) & np.isnan(numbers)
     if made.any():
         index = tuple(int(i) for i in np.argwhere(made)[0])
+        place = [start + i for start, i in zip(rows.start, index, strict=True)]
         raise EditError(
-            f"{quote(tensor)}: the edit turns {before[index]} at {list(index)} into {after[index]} "
+            f"{quote(rows.tensor)}: the edit turns {before[index]} at {place} into {after[index]} "
             f"as {after.dtype}; use a smaller factor or strength"
         )

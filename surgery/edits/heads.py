@@ -44,9 +44,7 @@ class HeadsEdit(Edit):
     heads: tuple[Head, ...]
     factor: float
 
-    def targets(
-        self, arch: Architecture, tensors: Mapping[str, TensorInfo]
-    ) -> tuple[Target, ...]:
+    def targets(self, arch: Architecture, tensors: Mapping[str, TensorInfo]) -> tuple[Target, ...]:
         return tuple(Target(arch.head_region(head), "input") for head in self.heads)
 
     def transform(self, slab: Array, where: Region, state: None) -> Array:

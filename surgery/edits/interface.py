@@ -90,9 +90,7 @@ class Edit(ABC):
         return Layout()
 
     @abstractmethod
-    def targets(
-        self, arch: Architecture, tensors: Mapping[str, TensorInfo]
-    ) -> tuple[Target, ...]:
+    def targets(self, arch: Architecture, tensors: Mapping[str, TensorInfo]) -> tuple[Target, ...]:
         """The regions this edit writes, from headers alone.
 
         `tensors` includes the additions of every edit of the recipe. Raises `EditError` where

@@ -42,9 +42,7 @@ class NeuronsEdit(Edit):
     neurons: tuple[Neuron, ...]
     factor: float
 
-    def targets(
-        self, arch: Architecture, tensors: Mapping[str, TensorInfo]
-    ) -> tuple[Target, ...]:
+    def targets(self, arch: Architecture, tensors: Mapping[str, TensorInfo]) -> tuple[Target, ...]:
         return tuple(Target(arch.neuron_region(neuron), "input") for neuron in self.neurons)
 
     def transform(self, slab: Array, where: Region, state: None) -> Array:

@@ -73,14 +73,14 @@ class SaeFields(Fields):
         _check_hook(sae, arch, self.patch)
         rows = sae.decoder_rows(self.features)
         if self.center:
-            rows -= rows.mean(axis=1, keepdims=True)
+            rows = _centered(rows)
         if self.patch == "steer_bias":
             return _steer(sae, arch, self.strength * rows.sum(axis=0))
         if self.patch == "z_project":
             return ZProject(basis(rows), self.strength, sae.layer)
         _check_stream_norms(arch, self.approximate)
         whole = self.layers in (None, "all")
-        layers = parse_layers(self.layers or "all", arch.layers)
+        layers = parse_layers("all" if self.layers is None else self.layers, arch.layers)
         return Orthogonalize(basis(rows), self.strength, layers, whole)
 
 
@@ -92,6 +92,15 @@ def basis(rows: Vectors) -> Vectors:
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     _, singular, right = np.linalg.svd(unit, full_matrices=False)
     return np.ascontiguousarray(right[singular > 1e-10 * singular[0]].T)
+
+
+def _centered(rows: Vectors) -> Vectors:
+    """`rows` [k, width] less the mean of each; raises `EditError` where nothing is left."""
+    centered = rows - rows.mean(axis=1, keepdims=True)
+    left = np.linalg.norm(centered, axis=1) / np.linalg.norm(rows, axis=1)
+    if left.min() < 1e-10:
+        raise EditError("a decoder row is constant, so center: true leaves nothing of it")
+    return centered
 
 
 def _check_hook(sae: Sae, arch: Architecture, patch: str) -> None:
@@ -132,11 +141,11 @@ class Orthogonalize(Edit):
     layers: tuple[int, ...]
     embeddings: bool
 
-    def targets(
-        self, arch: Architecture, tensors: Mapping[str, TensorInfo]
-    ) -> tuple[Target, ...]:
+    def targets(self, arch: Architecture, tensors: Mapping[str, TensorInfo]) -> tuple[Target, ...]:
         writers = arch.writers(self.layers, self.embeddings)
-        return tuple(Target(Region.whole(w.tensor, tensors[w.tensor].shape), "output") for w in writers)
+        return tuple(
+            Target(Region.whole(w.tensor, tensors[w.tensor].shape), "output") for w in writers
+        )
 
     def prepare(self, arch: Architecture, reader: Reader) -> dict[str, int]:
         return {w.tensor: w.axis for w in arch.writers(self.layers, self.embeddings)}
@@ -166,9 +175,7 @@ class ZProject(Edit):
     strength: float
     layer: int
 
-    def targets(
-        self, arch: Architecture, tensors: Mapping[str, TensorInfo]
-    ) -> tuple[Target, ...]:
+    def targets(self, arch: Architecture, tensors: Mapping[str, TensorInfo]) -> tuple[Target, ...]:
         tensor = arch.name("o_proj", self.layer)
         return (Target(Region.whole(tensor, tensors[tensor].shape), "input"),)
 
@@ -178,9 +185,7 @@ class ZProject(Edit):
     def transform(self, slab: Array, where: Region, state: int) -> Array:
         return project(slab, self.q, self.strength, state)
 
-    def hook(
-        self, model: Any, arch: Architecture, state: Any
-    ) -> AbstractContextManager[None]:
+    def hook(self, model: Any, arch: Architecture, state: Any) -> AbstractContextManager[None]:
         def project_input(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return (_project_torch(inputs[0], self.q, self.strength), *inputs[1:])
 
@@ -213,9 +218,7 @@ class SteerBias(Edit):
         )
         return Layout(added, {key: True})
 
-    def targets(
-        self, arch: Architecture, tensors: Mapping[str, TensorInfo]
-    ) -> tuple[Target, ...]:
+    def targets(self, arch: Architecture, tensors: Mapping[str, TensorInfo]) -> tuple[Target, ...]:
         shape = tensors[self.slot.tensor].shape
         return (Target(Region.whole(self.slot.tensor, shape), "value"),)
 
@@ -226,11 +229,11 @@ class SteerBias(Edit):
         return np.tensordot(weight, self.vector, axes=(arch.input_axis(self.through), 0))
 
     def transform(self, slab: Array, where: Region, state: Vectors) -> Array:
-        return (slab + state[where.slices]).astype(slab.dtype)
+        added = state[where.slices]
+        # -0.0 + 0.0 is +0.0, and adding nothing must change nothing.
+        return np.where(added == 0, slab, slab + added).astype(slab.dtype)
 
-    def hook(
-        self, model: Any, arch: Architecture, state: Any
-    ) -> AbstractContextManager[None]:
+    def hook(self, model: Any, arch: Architecture, state: Any) -> AbstractContextManager[None]:
         def before(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return (_add_torch(inputs[0], self.vector), *inputs[1:])
 

@@ -76,7 +76,9 @@ def read_sae(config: Path, weights: Path) -> Sae:
     latents, width = decoder.shape
     declared = (fields.get("d_sae", latents), fields.get("d_in", width))
     if declared != (latents, width):
-        raise CheckpointError(f"{config}: says {declared}, W_dec has shape {(latents, width)}")
+        raise CheckpointError(
+            f"{config}: says {quote(declared)}, W_dec has shape {(latents, width)}"
+        )
     normalized = fields.get("normalize_activations", "none") not in ("none", None)
     return Sae(weights, latents, width, layer, hook, normalized, decoder)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -44,9 +45,9 @@ def select(
         chosen = [make(layer, index) for layer, index, _ in _best(rows, top)]
     if not chosen:
         raise RecipeError(f"no {noun} is selected; name at least one")
-    repeated = [address for address in set(chosen) if chosen.count(address) > 1]
-    if repeated:
-        raise RecipeError(f"{repeated[0]} is named twice")
+    [(commonest, times)] = Counter(chosen).most_common(1)
+    if times > 1:
+        raise RecipeError(f"{commonest} is named twice")
     return tuple(chosen)
 
 

@@ -57,6 +57,7 @@ class ConversionSums:
     dot: float = 0.0
     t_squares: float = 0.0
     r_squares: float = 0.0
+    positions: int = 0
     worst: tuple[float, str] = (-1.0, "")
 
     def add(self, where: list[str], t: Floats, reference: Floats, r: Floats) -> None:
@@ -67,6 +68,7 @@ class ConversionSums:
         # Relative to the position's largest value: single logits pass through zero.
         span = np.abs(wide_t).max(axis=-1, keepdims=True)
         self.relative.add(difference / np.maximum(span, np.finfo(np.float64).tiny))
+        self.positions += len(wide_t)
         self.noise.add(wide_t - reference)
         self.error.add(wide_r - reference)
         self.scale.add(reference)

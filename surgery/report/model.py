@@ -19,7 +19,7 @@ import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, JsonValue
 from pydantic_core import core_schema
 
-from surgery.documents import load_data, read_text, validate
+from surgery.documents import SchemaOne, load_data, read_text, validate
 from surgery.errors import ReportError
 from surgery.evidence import Conversion, Corner, Drift, Effect, Evidence, Finding, Interaction
 from surgery.gate import Verdict
@@ -109,7 +109,7 @@ class Report(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", populate_by_name=True)
 
-    schema_: Literal[1] = pydantic.Field(alias="schema")
+    schema_: SchemaOne = pydantic.Field(alias="schema")
     verdict: Literal["pass", "fail", "not_evaluated"]
     corners: dict[CornerName, Annotated[Corner, _Row()]]
     conversion: tuple[Annotated[Conversion, _Row()], ...]

@@ -31,13 +31,13 @@ class Table:
 
 
 def number(value: float | None) -> str:
-    """Three digits, or whole numbers in full; `–` for what was not measured."""
+    """Three digits, or the whole part in full; `–` for what was not measured."""
     if value is None:
         return ABSENT
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else "∞" if value > 0 else "−∞"
-    if isinstance(value, int):
-        return f"{value:,}"
+    if isinstance(value, int) or 1e3 <= abs(value) < 1e9:
+        return f"{value:,.0f}"
     return f"{value:.3g}"
 
 
@@ -49,7 +49,8 @@ def headline(report: Report) -> str:
     """The verdict in a few words: `FAIL: 2 findings`."""
     count = len(report.findings)
     if report.verdict == "pass":
-        return "PASS: edit and conversion are within the policy"
+        judged = "edit and conversion are" if "R_e" in report.corners else "the conversion is"
+        return f"PASS: {judged} within the policy"
     if report.verdict == "not_evaluated":
         return "NOT EVALUATED: nothing was compared"
     return f"FAIL: {count} finding{'s' * (count != 1)}"

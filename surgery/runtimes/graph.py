@@ -114,12 +114,14 @@ def name_outputs(names: Iterable[str], arrays: Iterable[NDArray[Any]], output: s
     return found
 
 
-def cut_after_embedding(model: Any, ids: str, file: str) -> Any:
-    """A ModelProto of the token lookup alone: graph input `ids` to embedding rows.
+def cut_after_embedding(model: Any, roles: dict[str, str], file: str) -> Any:
+    """A ModelProto of the token lookup alone: token ids to embedding rows in float32.
 
     The lookup is the first Gather along axis 0 of a float [V, d] initializer by indices that
-    come from `ids` through casts and reshapes alone. Raises `OnnxError` if there is none.
+    come from the token ids through casts and reshapes alone, which stay. Other graph inputs stay
+    where a reshape takes its sizes from them. Raises `OnnxError` if there is no such Gather.
     """
+    ids = next(name for name, role in roles.items() if role == "input_ids")
     makers = {name: node for node in model.graph.node for name in node.output}
     tables = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
     for node in model.graph.node:
@@ -129,6 +131,14 @@ def cut_after_embedding(model: Any, ids: str, file: str) -> Any:
         if table in tables and indices == ids:
             return _ending_at(model, node.output[0], makers)
     raise OnnxError(f"{file}: no Gather of a [V, d] initializer by {quote(ids)} found")
+
+
+def lookup_feed(cut: Any, roles: dict[str, str], ids: NDArray[np.int64]) -> Arrays:
+    """What `cut_after_embedding`'s model is fed to look up `ids` [n]: one unpadded row."""
+    row = ids[None, :]
+    positions = np.arange(len(ids), dtype=np.int64)[None, :]
+    inputs = {"input_ids": row, "attention_mask": np.ones_like(row), "position_ids": positions}
+    return feed(ports(cut), roles, inputs)
 
 
 def _origin(name: str, makers: dict[str, Any]) -> str:

@@ -46,15 +46,14 @@ class OnnxRuntime(Runtime):
         return graph.name_outputs(self.output_names, arrays, self._task.output)
 
     def embedding(self, ids: NDArray[np.int64]) -> NDArray[Any]:
-        session, port = self._lookup
-        rows: NDArray[Any] = session.run(None, {port.name: ids[None, :].astype(port.dtype)})[0]
+        cut, session = self._lookup
+        rows: NDArray[Any] = session.run(None, graph.lookup_feed(cut, self._roles, ids))[0]
         return rows.reshape(len(ids), -1)
 
     @cached_property
-    def _lookup(self) -> tuple[onnxruntime.InferenceSession, graph.Port]:
-        port = next(port for port in self._ports if self._roles[port.name] == "input_ids")
-        cut = graph.cut_after_embedding(self._proto, port.name, str(self.model.path))
-        return self._open(cut.SerializeToString()), port
+    def _lookup(self) -> tuple[Any, onnxruntime.InferenceSession]:
+        cut = graph.cut_after_embedding(self._proto, self._roles, str(self.model.path))
+        return cut, self._open(cut.SerializeToString())
 
     def _open(self, source: Path | bytes) -> onnxruntime.InferenceSession:
         """A session of a file, or of a model's bytes whose external data stays where it is."""

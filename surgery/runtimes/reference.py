@@ -8,11 +8,22 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx.external_data_helper import load_external_data_for_model
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
 from surgery.export import onnxfile
 from surgery.export.tasks import find_task
 from surgery.runtimes import graph
 from surgery.runtimes.interface import Arrays, IdArrays, ModelRef, Runtime
+
+
+class GatherElements(OpRun):  # type: ignore[misc]
+    """The package's own one (onnx 1.23) fails on an axis longer than 64, numpy.choose's limit."""
+
+    def _run(self, data: Any, indices: Any, axis: int = 0) -> tuple[NDArray[Any]]:
+        own = axis % data.ndim
+        sizes = enumerate(indices.shape)
+        reach = tuple(slice(None) if n == own else slice(0, size) for n, size in sizes)
+        return (np.take_along_axis(data[reach], indices, axis=own),)
 
 
 class ReferenceRuntime(Runtime):
@@ -26,7 +37,7 @@ class ReferenceRuntime(Runtime):
         self._roles = graph.assign_roles(self._ports, str(model.path))
         home = model.initializers or model.path.parent
         load_external_data_for_model(self._proto, str(home))
-        self._evaluator = ReferenceEvaluator(self._proto)
+        self._evaluator = ReferenceEvaluator(self._proto, new_ops=[GatherElements])
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -41,7 +52,6 @@ class ReferenceRuntime(Runtime):
         return graph.name_outputs(self.output_names, arrays, self._task.output)
 
     def embedding(self, ids: NDArray[np.int64]) -> NDArray[Any]:
-        port = next(port for port in self._ports if self._roles[port.name] == "input_ids")
-        cut = graph.cut_after_embedding(self._proto, port.name, str(self.model.path))
-        rows = ReferenceEvaluator(cut).run(None, {port.name: ids[None, :].astype(port.dtype)})[0]
+        cut = graph.cut_after_embedding(self._proto, self._roles, str(self.model.path))
+        rows = ReferenceEvaluator(cut).run(None, graph.lookup_feed(cut, self._roles, ids))[0]
         return np.asarray(rows).reshape(len(ids), -1)

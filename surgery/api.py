@@ -1,0 +1,192 @@
+"""The commands as functions. Paths may be strings; policies are files or `Policy` objects.
+
+Each raises what its command would exit with: `surgery.errors` says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from surgery.apply import Applied, Progress
+from surgery.arch.inspection import Inspection
+from surgery.errors import InputError
+from surgery.gate import Verdict
+from surgery.plan import Plan
+from surgery.policy import Policy
+from surgery.registry import suggest
+from surgery.report import Report
+from surgery.verify import Verification
+
+__all__ = [
+    "apply",
+    "demo",
+    "diff",
+    "export",
+    "gate",
+    "inspect",
+    "plan",
+    "report",
+    "schema",
+    "validate",
+    "verify",
+]
+
+AnyPath = str | PathLike[str]
+Stages = Callable[[str], None]
+
+
+def inspect(model: AnyPath) -> Inspection:
+    """Family, sizes, dtypes, tensors and their roles, ties; from headers alone."""
+    from surgery.arch.inspection import inspect as run
+
+    return run(Path(model))
+
+
+def plan(recipe: AnyPath, model: AnyPath, *, allow_outside: bool = False) -> Plan:
+    """What applying `recipe` to `model` will do; reads no weights."""
+    from surgery.plan import plan as run
+
+    return run(Path(recipe), Path(model), allow_outside=allow_outside)
+
+
+def apply(
+    recipe: AnyPath,
+    model: AnyPath,
+    output: AnyPath,
+    *,
+    allow_outside: bool = False,
+    progress: Progress | None = None,
+) -> Applied:
+    """Writes the edited checkpoint and its receipt to the new folder `output`."""
+    from surgery.apply import apply as run
+
+    return run(
+        Path(recipe), Path(model), Path(output), allow_outside=allow_outside, progress=progress
+    )
+
+
+def verify(
+    edited: AnyPath, *, base: AnyPath | None = None, recipe: AnyPath | None = None
+) -> Verification:
+    """Re-checks every digest; with `base`, every edited region and every other byte too."""
+    from surgery.verify import verify as run
+
+    return run(Path(edited), _path(base), _path(recipe))
+
+
+def export(
+    model: AnyPath,
+    output: AnyPath,
+    *,
+    task: str | None = None,
+    opset: int | None = None,
+    dtype: str = "float32",
+    layout: str = "portable",
+) -> Any:
+    """Exports `model` to ONNX in the new folder `output`, in a child process."""
+    from surgery.export import export_in_child
+
+    return export_in_child(
+        Path(model), Path(output), task=task, opset=opset, dtype=dtype, layout=layout
+    )
+
+
+def diff(
+    model: AnyPath,
+    *,
+    onnx: AnyPath | None = None,
+    edited: AnyPath | None = None,
+    edited_onnx: AnyPath | None = None,
+    stimuli: Sequence[AnyPath] = (),
+    policy: Policy | AnyPath | None = None,
+    **options: Any,
+) -> Report:
+    """The differential test; `options` are those of `surgery.pipeline.diff`."""
+    from surgery.pipeline import diff as run
+
+    return run(
+        Path(model),
+        onnx=_path(onnx),
+        edited=_path(edited),
+        edited_onnx=_path(edited_onnx),
+        stimuli=[Path(file) for file in stimuli],
+        policy=_policy(policy),
+        **options,
+    )
+
+
+def validate(
+    recipe: AnyPath,
+    model: AnyPath,
+    output: AnyPath,
+    *,
+    stimuli: Sequence[AnyPath] = (),
+    policy: Policy | AnyPath | None = None,
+    **options: Any,
+) -> Report:
+    """Apply, export, four corners, report; `options` are those of `surgery.pipeline.validate`."""
+    from surgery.pipeline import validate as run
+
+    return run(
+        Path(recipe),
+        Path(model),
+        Path(output),
+        stimuli=[Path(file) for file in stimuli],
+        policy=_policy(policy),
+        **options,
+    )
+
+
+def gate(report: Report | AnyPath, policy: Policy | AnyPath | None = None) -> Verdict:
+    """The verdict on a report, under its own policy or another."""
+    from surgery.gate import judge
+    from surgery.report import load_report
+
+    loaded = report if isinstance(report, Report) else load_report(report)
+    return judge(loaded.evidence(), loaded.policy if policy is None else _policy(policy))
+
+
+def report(source: Report | AnyPath, format: str = "text") -> str:
+    """A report as text, json, md or html."""
+    from surgery.report import RENDERERS, load_report, render
+
+    if format not in RENDERERS:
+        raise InputError(f"unknown report format {format!r}{suggest(format, RENDERERS)}")
+    loaded = source if isinstance(source, Report) else load_report(source)
+    return render(loaded, format)
+
+
+def schema(kind: str) -> dict[str, Any]:
+    """The JSON Schema of a `recipe`, a `policy` or a `report`."""
+    from surgery.policy import policy_schema
+    from surgery.recipe import recipe_schema
+    from surgery.report import report_schema
+
+    makers = {"recipe": recipe_schema, "policy": policy_schema, "report": report_schema}
+    if kind not in makers:
+        raise InputError(f"unknown schema {kind!r}{suggest(kind, makers)}")
+    return makers[kind]()
+
+
+def demo(output: AnyPath, *, show: Stages = print, progress: Stages | None = None) -> bool:
+    """The main job on the repository's fixtures; True if clean runs pass and damage is caught."""
+    from surgery.demo import run
+    from surgery.pipeline import silent
+
+    return run(Path(output), show, progress or silent)
+
+
+def _path(path: AnyPath | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _policy(policy: Policy | AnyPath | None) -> Policy:
+    from surgery.policy import BUILT_IN, load_policy
+
+    if policy is None or isinstance(policy, Policy):
+        return policy or BUILT_IN
+    return load_policy(policy)
+

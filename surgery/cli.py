@@ -1,0 +1,381 @@
+"""The `surgery` command: parse, call one library function, print.
+
+Exit codes: 0 pass, 1 the verdict is fail, 2 bad input or usage, 3 environment or internal error,
+5 nothing was compared, 130 and 143 on signals. Data goes to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from surgery.errors import EnvironmentFault, SurgeryError
+
+VERDICTS = {"pass": 0, "fail": 1, "not_evaluated": 5}
+LAYOUTS = ("portable",)
+FORMATS = ("text", "json", "md", "html")
+
+PATH = click.Path(path_type=Path)
+model_option = click.option(
+    "--model", type=PATH, required=True, metavar="DIR", help="Checkpoint folder; only read."
+)
+policy_option = click.option(
+    "--policy", type=PATH, metavar="FILE", help="Limits to judge by (default: the built-in ones)."
+)
+stimuli_option = click.option(
+    "--stimuli", type=PATH, multiple=True, metavar="FILE", help="JSON lines of prompts; repeatable."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+outside_option = click.option(
+    "--allow-outside", is_flag=True, help="Let the recipe read files outside its folder."
+)
+task_option = click.option(
+    "--task", metavar="TASK", help="causal-lm, causal-lm-with-past or encoder."
+)
+seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Of the probes.")
+timeout_option = click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1800,
+    show_default=True,
+    help="Seconds each corner may take.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="weight-surgery", prog_name="surgery")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Edit transformer weights, ship them through ONNX, and prove that both did what was asked.
+
+    Start with `surgery demo`, or: surgery validate recipe.yaml --model model/ --output out/
+    """
+
+
+@cli.command()
+@click.argument("model", type=PATH)
+@json_option
+def inspect(model: Path, as_json: bool) -> None:
+    """Show family, sizes, tensors and their roles, from headers alone.
+
+    Example: surgery inspect fixtures/capitals-gpt2
+    """
+    from surgery.api import inspect as run
+    from surgery.console import inspection_text
+
+    found = run(model)
+    echo_json(found.to_json()) if as_json else click.echo(inspection_text(found))
+
+
+@cli.command()
+@click.argument("recipe", type=PATH)
+@model_option
+@outside_option
+@json_option
+def plan(recipe: Path, model: Path, allow_outside: bool, as_json: bool) -> None:
+    """Show what a recipe would change; reads no weights.
+
+    Example: surgery plan recipe.yaml --model model/
+    """
+    from surgery.api import plan as run
+    from surgery.console import plan_json, plan_text
+
+    found = run(recipe, model, allow_outside=allow_outside)
+    echo_json(plan_json(found)) if as_json else click.echo(plan_text(found))
+
+
+@cli.command()
+@click.argument("recipe", type=PATH)
+@model_option
+@click.option("--output", type=PATH, required=True, metavar="DIR", help="New folder.")
+@outside_option
+def apply(recipe: Path, model: Path, output: Path, allow_outside: bool) -> None:
+    """Write the edited checkpoint and its receipt.
+
+    Example: surgery apply recipe.yaml --model model/ --output edited/
+    """
+    from surgery.api import apply as run
+    from surgery.console import bar
+
+    with bar("editing") as progress:
+        done = run(recipe, model, output, allow_outside=allow_outside, progress=progress)
+    click.echo(f"{output}: {len(done.edited)} tensors edited, receipt {output}/surgery-receipt.json")
+
+
+@cli.command()
+@click.argument("edited", type=PATH)
+@click.option("--base", type=PATH, metavar="DIR", help="Also recompute every edited region.")
+@click.option("--recipe", type=PATH, metavar="FILE", help="Needed where the recipe reads files.")
+@json_option
+def verify(edited: Path, base: Path | None, recipe: Path | None, as_json: bool) -> None:
+    """Re-check an edited checkpoint against its receipt and its base.
+
+    Example: surgery verify edited/ --base model/
+    """
+    from dataclasses import asdict
+
+    from surgery.api import verify as run
+
+    found = run(edited, base=base, recipe=recipe)
+    if as_json:
+        echo_json({"ok": found.ok, **asdict(found)})
+    else:
+        for finding in found.findings:
+            click.echo(f"{finding.symptom}: {finding.message}")
+        checked = f"{found.files} files" + (f" and {found.tensors} tensors" if base else "")
+        click.echo(f"{edited}: {'ok' if found.ok else 'FAILED'}, {checked} checked")
+    sys.exit(0 if found.ok else 1)
+
+
+@cli.command()
+@click.argument("model", type=PATH)
+@click.option("--output", type=PATH, metavar="DIR", help="New folder (default: MODEL-onnx).")
+@click.option("--layout", type=click.Choice(LAYOUTS), default="portable", show_default=True)
+@task_option
+@click.option("--opset", type=int, help="ONNX opset (default: what the exporter prefers).")
+@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32")
+@json_option
+def export(
+    model: Path,
+    output: Path | None,
+    layout: str,
+    task: str | None,
+    opset: int | None,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Export a checkpoint to ONNX.
+
+    Example: surgery export edited/ --output onnx/
+    """
+    from surgery.api import export as run
+    from surgery.console import size, stages
+
+    folder = output or model.with_name(f"{model.resolve().name}-onnx")
+    with stages() as progress:
+        progress(f"exporting {model}")
+        done = run(model, folder, task=task, opset=opset, dtype=dtype, layout=layout)
+    if as_json:
+        echo_json(done.to_json())
+    else:
+        written = size(sum(done.sizes.values()))
+        click.echo(f"{done.model}: {done.task}, opset {done.opset}, {done.dtype}, {written}")
+
+
+@cli.command()
+@model_option
+@click.option("--onnx", type=PATH, metavar="FILE", help="Its ONNX file, any exporter's.")
+@click.option("--edited", type=PATH, metavar="DIR", help="The edited checkpoint.")
+@click.option("--edited-onnx", type=PATH, metavar="FILE", help="The edited model's ONNX file.")
+@stimuli_option
+@policy_option
+@task_option
+@seed_option
+@timeout_option
+@click.option("--report", type=PATH, required=True, metavar="FILE", help="Where to write JSON.")
+def diff(report: Path, timeout: float, **options: Any) -> None:
+    """Test a conversion, or with --edited all four corners.
+
+    Example: surgery diff --model model/ --onnx model.onnx --report report.json
+    """
+    from surgery.api import diff as run
+    from surgery.console import stages
+    from surgery.differential import Limits
+
+    refuse_folder(report)
+    with stages() as progress:
+        found = run(**options, limits=Limits(timeout), progress=progress)
+    write_text(report, render_as(found, "json"))
+    finish(found)
+
+
+@cli.command()
+@click.argument("recipe", type=PATH)
+@model_option
+@click.option("--output", type=PATH, required=True, metavar="DIR", help="New folder.")
+@policy_option
+@stimuli_option
+@outside_option
+@task_option
+@seed_option
+@timeout_option
+def validate(recipe: Path, output: Path, timeout: float, **options: Any) -> None:
+    """Apply, export, test the four corners, report and judge.
+
+    Example: surgery validate recipe.yaml --model model/ --output out/ --stimuli target.jsonl
+    """
+    from surgery.api import validate as run
+    from surgery.console import stages
+    from surgery.differential import Limits
+
+    with stages() as progress:
+        found = run(recipe, output=output, limits=Limits(timeout), progress=progress, **options)
+    finish(found, f"report {output}/report.html")
+
+
+@cli.command()
+@click.argument("report", type=PATH)
+@policy_option
+@json_option
+def gate(report: Path, policy: Path | None, as_json: bool) -> None:
+    """Judge a report: exit 0 for pass, 1 for fail, 5 if nothing was compared.
+
+    Example: surgery gate report.json --policy policy.yaml
+    """
+    from surgery.api import gate as run
+
+    found = run(report, policy)
+    if as_json:
+        from surgery.report.model import plain
+
+        echo_json(plain(found))
+    else:
+        click.echo(f"verdict: {found.verdict}")
+        for finding in found.findings:
+            click.echo(f"{finding.stage}: {finding.symptom}: {finding.message}")
+    sys.exit(VERDICTS[found.verdict])
+
+
+@cli.command()
+@click.argument("report", type=PATH)
+@click.option("--format", type=click.Choice(FORMATS), default="text", show_default=True)
+@click.option("--output", type=PATH, metavar="FILE", help="Write there instead of to stdout.")
+def report(report: Path, format: str, output: Path | None) -> None:
+    """Render a report.
+
+    Example: surgery report report.json --format html --output report.html
+    """
+    from surgery.report import load_report
+
+    found = load_report(report)
+    if output is None:
+        click.echo(render_as(found, format, for_terminal=True), nl=False)
+    else:
+        refuse_folder(output)
+        write_text(output, render_as(found, format))
+
+
+@cli.command()
+@click.argument("kind", type=click.Choice(["recipe", "policy", "report"]))
+def schema(kind: str) -> None:
+    """Print the JSON Schema of a recipe, a policy or a report.
+
+    Example: surgery schema recipe > recipe.schema.json
+    """
+    from surgery.api import schema as run
+
+    echo_json(run(kind))
+
+
+@cli.command()
+@click.option("--output", type=PATH, default=Path("demo"), show_default=True, metavar="DIR")
+def demo(output: Path) -> None:
+    """Run the main job on the repository's fixtures, and catch a planted fault.
+
+    Example: surgery demo --output demo/
+    """
+    from surgery.api import demo as run
+    from surgery.console import stages
+
+    with stages() as progress:
+        passed = run(output, show=click.echo, progress=progress)
+    sys.exit(0 if passed else 1)
+
+
+def render_as(report: Any, format: str, for_terminal: bool = False) -> str:
+    """A report as text; with colours where `for_terminal` and stdout is one that wants them."""
+    from surgery.report import render
+
+    if format == "text" and for_terminal:
+        from surgery.report.text import Text, wants_color
+
+        return Text(color=wants_color(sys.stdout)).render(report)
+    return render(report, format)
+
+
+def finish(report: Any, tail: str = "") -> None:
+    """Prints a report and leaves with its verdict's exit code."""
+    click.echo(render_as(report, "text", for_terminal=True), nl=False)
+    if tail:
+        click.echo(tail)
+    sys.exit(VERDICTS[report.verdict])
+
+
+def echo_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, default=str, allow_nan=False))
+
+
+def refuse_folder(path: Path) -> None:
+    """Fails before long work if a file could not be written at its end."""
+    from surgery.errors import OutputError
+
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise OutputError(f"{path}: must name a file in a folder that exists")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that it is there whole or not at all."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}.staging")
+    try:
+        staged.write_text(text, encoding="utf-8")
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+class Terminated(BaseException):
+    """SIGTERM, as an exception, so that staged folders are cleaned up."""
+
+
+def main() -> None:
+    """The entry point: `cli` with errors as one line and their exit codes."""
+    signal.signal(signal.SIGTERM, _terminate)
+    debug = "--debug" in sys.argv[1:]
+    try:
+        code = cli.main(standalone_mode=False, auto_envvar_prefix="SURGERY")
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        code = 130
+    except Terminated:
+        code = 143
+    except click.ClickException as error:
+        code = _complain(_usage_message(error), 2)
+    except SurgeryError as error:
+        code = _complain(str(error), error.exit_code, debug)
+    except OSError as error:
+        fault = EnvironmentFault(f"{error.filename or 'system'}: {error.strerror}")
+        code = _complain(str(fault), fault.exit_code, debug)
+    except Exception as error:  # the last resort: an error of ours, said in one line
+        hint = "" if debug else "; --debug before the command shows where"
+        code = _complain(f"internal error: {type(error).__name__}: {error}{hint}", 3, debug)
+    sys.exit(code)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _usage_message(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    hint = f" (see {context.command_path} --help)" if context else ""
+    return f"{error.format_message()}{hint}"
+
+
+def _complain(message: str, code: int, debug: bool = False) -> int:
+    if debug:
+        traceback.print_exc()
+    line = " ".join(message.split())
+    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    click.echo(f"surgery: error: {printable}", err=True)
+    return code
+
+
+if __name__ == "__main__":
+    main()

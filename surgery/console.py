@@ -1,0 +1,141 @@
+"""What commands print: tables on stdout, progress on stderr where that is a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery.arch.inspection import Inspection
+    from surgery.plan import Plan
+
+MAX_ROWS = 200
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str], None]]:
+    """Gives a callback that names what runs now: a spinner with the time it has taken.
+
+    Nothing at all is shown where stderr is no terminal.
+    """
+    if not sys.stderr.isatty():
+        yield lambda stage: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+        yield lambda stage: progress.update(task, description=stage)
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Gives a callback (item, done, total) that draws a bar on a terminal's stderr."""
+    if not sys.stderr.isatty():
+        yield lambda item, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda item, done, total: progress.update(task, completed=done, total=total)
+
+
+def inspection_text(found: Inspection) -> str:
+    """An inspection for people: facts, then a table of tensors and roles."""
+    sizes = ", ".join(f"{name} {value}" for name, value in found.sizes.items())
+    dtypes = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in found.dtypes.items())
+    lines = [
+        f"{found.model}: {found.family} {found.kind}, {found.parameters:,} parameters",
+        f"sizes   {sizes}",
+        f"dtypes  {dtypes}",
+        f"head    {'tied to the embedding' if found.tied else 'not tied'}",
+    ]
+    if found.not_carried:
+        lines.append(f"left    {', '.join(found.not_carried)} (not carried into an edited copy)")
+    rows = [
+        (row.name, row.role, row.dtype, "×".join(map(str, row.shape)), row.file)
+        for row in found.tensors[:MAX_ROWS]
+    ]
+    more = len(found.tensors) - len(rows)
+    tail = [f"… and {more} more; --json lists all"] if more > 0 else []
+    table_text = table(("tensor", "role", "dtype", "shape", "file"), rows)
+    return "\n".join([*lines, "", table_text, *tail])
+
+
+def plan_text(found: Plan) -> str:
+    """A plan for people: what is written, what it costs, what changes besides."""
+    counts: dict[str, list[Any]] = {}
+    for step in found.steps:
+        counts.setdefault(step.tensor, []).append(step)
+    rows = [
+        (name, own[0].role, str(len(own)), size(sum(map(found.written_bytes, own))), found.tensors[name].file)
+        for name, own in list(counts.items())[:MAX_ROWS]
+    ]
+    lines = [
+        table(("tensor", "role", "regions", "written", "file"), rows),
+        f"{len(counts)} tensors in {len(found.edits)} edits; {size(found.edited_bytes)} of weights "
+        f"written, {size(found.disk_bytes)} on disk, about {size(found.peak_bytes)} of memory",
+    ]
+    lines += [f"new tensor {tensor.name} in {tensor.file}" for tensor in found.added]
+    lines += [f"config.json: {key} becomes {value}" for key, value in found.config.items()]
+    lines += [f"not carried: {file}" for file in found.base.not_carried]
+    return "\n".join(lines)
+
+
+def plan_json(found: Plan) -> dict[str, Any]:
+    """A plan as data."""
+    return {
+        "model": str(found.base.root),
+        "family": found.arch.family,
+        "recipe_sha256": found.recipe.sha256,
+        "inputs": found.inputs,
+        "tensors": [
+            {
+                "name": name,
+                "role": str(found.arch.roles[name]),
+                "dtype": found.tensors[name].dtype,
+                "shape": list(found.tensors[name].shape),
+                "file": found.tensors[name].file,
+                "regions": [
+                    {
+                        "edit": step.edit,
+                        "op": found.edits[step.edit].op,
+                        "start": list(step.target.region.start),
+                        "stop": list(step.target.region.stop),
+                    }
+                    for step in found.steps_of(name)
+                ],
+            }
+            for name in found.edited
+        ],
+        "edited_bytes": found.edited_bytes,
+        "disk_bytes": found.disk_bytes,
+        "peak_bytes": found.peak_bytes,
+        "added": [tensor.name for tensor in found.added],
+        "config": found.config,
+        "not_carried": list(found.base.not_carried),
+    }
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Left-aligned columns under a head, two spaces apart."""
+    cells = [head, *rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    )
+
+
+def size(nbytes: int) -> str:
+    """Bytes in the largest binary unit that keeps a digit before the point."""
+    value, units = float(nbytes), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"

@@ -1,0 +1,52 @@
+"""Runtimes × stimuli × metrics to `Evidence`: the four corners, run and compared."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from surgery.differential.compare import compare
+from surgery.differential.corners import Pair, Progress, run_corners
+from surgery.differential.workload import DEFAULT_SEED, Workload, make_workload
+from surgery.evidence import EDGES, Evidence, Finding
+from surgery.export.tasks import Task
+from surgery.runtimes.child import Limits
+
+__all__ = ["DEFAULT_SEED", "Limits", "Pair", "Progress", "Workload", "make_workload", "measure"]
+
+
+def measure(
+    pairs: Mapping[str, Pair],
+    task: Task,
+    workload: Workload,
+    limits: Limits,
+    progress: Progress,
+) -> Evidence:
+    """Runs and compares the corners of `pairs` (`C_o`, and `C_e` for an edited model).
+
+    Raises the `InputError` of a model file that cannot be used; whatever else happens in a
+    corner, a crash, a timeout, NaN, is evidence.
+    """
+    with tempfile.TemporaryDirectory(prefix="surgery-diff-") as scratch:
+        ran = run_corners(pairs, task, workload, Path(scratch), limits, progress)
+        progress("comparison")
+        evidence = compare(ran, workload, task)
+    progress("lineage")
+    stale = tuple(_stale_tensors(pairs))
+    return Evidence(**{**vars(evidence), "faults": (*stale, *evidence.faults)})
+
+
+def _stale_tensors(pairs: Mapping[str, Pair]) -> Iterator[Finding]:
+    """Initializers that carry a checkpoint tensor's name and shape, but not its numbers."""
+    from surgery.export.lineage import compare_initializers
+
+    for edge, pair in pairs.items():
+        corner = EDGES[edge][1]
+        for row in compare_initializers(pair.onnx, pair.model):
+            if row.status == "different":
+                message = (
+                    f"{corner}: initializer {row.initializer} is not {row.tensor} of "
+                    f"{pair.model.name}; export that checkpoint again"
+                )
+                yield Finding("lineage", "stale tensor", f"{corner}/{row.tensor}", message)

@@ -1,0 +1,353 @@
+"""Outcomes of the corners to `Evidence`: batch by batch, so that memory follows one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surgery.differential.corners import Ran
+from surgery.differential.workload import Workload
+from surgery.errors import quote
+from surgery.evidence import (
+    CORNERS,
+    EDGES,
+    Conversion,
+    Corner,
+    Drift,
+    Effect,
+    Evidence,
+    Finding,
+    Interaction,
+)
+from surgery.export.tasks import Task
+from surgery.metrics import Observed
+from surgery.metrics.distance import HALF_ULP, ConversionSums, InteractionSums
+from surgery.metrics.divergence import kl_divergence, token_nll, top1_flips
+from surgery.runtimes.child import Outcome
+from surgery.stimuli import Batch
+
+Kept = dict[str, NDArray[Any]]
+
+
+@dataclass
+class DriftSums:
+    """Divergence between two corners of one runtime, or the two runtimes, over positions."""
+
+    kl: float = 0.0
+    flips: int = 0
+    positions: int = 0
+
+    def add(self, p: NDArray[Any], q: NDArray[Any]) -> None:
+        self.kl += float(kl_divergence(p, q).sum())
+        self.flips += top1_flips(p, q)
+        self.positions += len(p)
+
+
+@dataclass
+class Sums:
+    """Everything that is added up over batches."""
+
+    conversion: dict[str, ConversionSums] = field(default_factory=dict)
+    edges: dict[str, DriftSums] = field(default_factory=dict)
+    interaction: dict[str, InteractionSums] = field(default_factory=dict)
+    drift: dict[tuple[str, str], DriftSums] = field(default_factory=dict)
+    nll: dict[tuple[str, str], list[NDArray[np.float64]]] = field(default_factory=dict)
+
+
+def compare(ran: Ran, workload: Workload, task: Task) -> Evidence:
+    """The evidence of one run. What could not be compared is a fault, never left out."""
+    faults = [*_interface_faults(ran, workload, task), *_embedding_faults(ran, workload)]
+    sums = Sums()
+    for batch in workload.batches:
+        _add_batch(sums, ran, batch, task)
+    conversion = tuple(_conversion(sums, task))
+    return Evidence(
+        corners={name: _corner(name, outcome, workload) for name, outcome in ran.corners.items()},
+        conversion=conversion,
+        interaction=tuple(_interaction(sums, task)),
+        effects=tuple(_effects(ran, workload, sums)),
+        drift=tuple(
+            Drift(stimulus_set, runtime, d.positions, d.kl / d.positions, d.flips / d.positions)
+            for (stimulus_set, runtime), d in sums.drift.items()
+        ),
+        faults=tuple(faults),
+        compared=sum(row.positions for row in conversion),
+        covered_rows=_covered_rows(ran, workload),
+    )
+
+
+def _corner(name: str, outcome: Outcome, workload: Workload) -> Corner:
+    runtime = "PyTorch" if name.startswith("T") else "ONNX Runtime"
+    model = "original" if name.endswith("o") else "edited"
+    batches = len(workload.batches) if outcome.status == "ok" else 0
+    return Corner(
+        runtime,
+        model,
+        outcome.status,
+        outcome.seconds,
+        outcome.peak_bytes,
+        batches,
+        outcome.detail,
+    )
+
+
+# ----------------------------------------------------------------------------------- interface
+
+
+def _interface_faults(ran: Ran, workload: Workload, task: Task) -> Iterator[Finding]:
+    """Missing outputs, other shapes and dtypes, NaN: each named once, at its first batch."""
+    found: dict[tuple[str, str, str], tuple[Finding, int]] = {}
+    for batch in workload.batches:
+        for fault in _batch_faults(ran, batch, task):
+            corner, output = fault.site.split("/")[:2]
+            key = (fault.symptom, corner, output)
+            first, count = found.get(key, (fault, 0))
+            found[key] = (first, count + 1)
+    for fault, count in found.values():
+        more = f" and {count - 1} more batches" if count > 1 else ""
+        message = fault.message + more
+        yield Finding(fault.stage, fault.symptom, fault.site, message, fault.value, fault.limit)
+    for name, outcome in ran.references.items():
+        if outcome.status != "ok":
+            message = f"the float64 reference of {name} ended with {outcome.status}: {outcome.detail}"
+            yield Finding("run", outcome.status, f"{name} in float64", message)
+
+
+def _batch_faults(ran: Ran, batch: Batch, task: Task) -> Iterator[Finding]:
+    for edge in EDGES.values():
+        pair = [ran.corners[name] for name in edge if _ok(ran, name)]
+        for name, outcome in zip(edge, pair, strict=False) if len(pair) == 2 else ():
+            yield from _corner_faults(name, outcome, batch, task)
+        if len(pair) == 2:
+            yield from _dtype_faults(edge[1], *pair, batch, task)
+
+
+def _corner_faults(name: str, outcome: Outcome, batch: Batch, task: Task) -> Iterator[Finding]:
+    facts = outcome.facts(batch.name)
+    if facts.problem:
+        named = {fact.name for fact in facts.outputs}
+        symptom = "shape" if task.output in named else "missing output"
+        site = f"{name}/{task.output}/{batch.name}"
+        yield Finding("interface", symptom, site, f"{name}: {facts.problem} on {quote(batch.name)}")
+    for fact in facts.outputs:
+        if fact.nonfinite:
+            site = f"{name}/{fact.name}/{batch.name}"
+            message = (
+                f"{name}: {fact.nonfinite} values of {quote(fact.name)} are not finite at real "
+                f"positions of {quote(batch.name)}"
+            )
+            yield Finding("run", "nan", site, message, float(fact.nonfinite), 0.0)
+
+
+def _dtype_faults(
+    corner: str, torch_run: Outcome, onnx_run: Outcome, batch: Batch, task: Task
+) -> Iterator[Finding]:
+    dtypes = [
+        {fact.name: fact.dtype for fact in run.facts(batch.name).outputs}.get(task.output)
+        for run in (torch_run, onnx_run)
+    ]
+    if None not in dtypes and dtypes[0] != dtypes[1]:
+        message = f"{corner}: {task.output} is {dtypes[1]}, in PyTorch it is {dtypes[0]}"
+        yield Finding("interface", "dtype", f"{corner}/{task.output}/{batch.name}", message)
+
+
+# ----------------------------------------------------------------------------------- embedding
+
+
+def _embedding_faults(ran: Ran, workload: Workload) -> Iterator[Finding]:
+    """Compares every row of the embedding at the graph cut right after it."""
+    for torch_corner, onnx_corner in EDGES.values():
+        if not (_ok(ran, torch_corner) and _ok(ran, onnx_corner)):
+            continue
+        for name in (torch_corner, onnx_corner):
+            problem = ran.corners[name].embedding_problem
+            if problem:
+                message = f"{name}: the embedding rows were not compared: {problem}"
+                yield Finding("coverage", "embedding not compared", name, message)
+        yield from _row_faults(ran, torch_corner, onnx_corner)
+
+
+def _row_faults(ran: Ran, torch_corner: str, onnx_corner: str) -> Iterator[Finding]:
+    rows = [ran.corners[name] for name in (torch_corner, onnx_corner)]
+    if any(outcome.embedding_problem for outcome in rows):
+        return
+    ours, theirs = (outcome.embedding() for outcome in rows)
+    if ours.shape != theirs.shape:
+        message = f"{onnx_corner}: embedding {theirs.shape}, in PyTorch {ours.shape}"
+        yield Finding("embedding", "shape", onnx_corner, message)
+        return
+    wrong, worst = _wrong_rows(ours, theirs)
+    if len(wrong):
+        listed = ", ".join(map(str, wrong[:5])) + (", …" if len(wrong) > 5 else "")
+        message = (
+            f"{onnx_corner}: {len(wrong)} of {len(ours)} embedding rows differ from PyTorch's, "
+            f"tokens {listed}; largest difference {worst:.3g}"
+        )
+        site = f"{onnx_corner}/token {wrong[0]}"
+        yield Finding("embedding", "wrong value", site, message, worst, 0.0)
+
+
+def _wrong_rows(ours: NDArray[Any], theirs: NDArray[Any]) -> tuple[NDArray[np.int64], float]:
+    """Rows that differ by more than rounding, and the largest difference; NaN differs."""
+    wrong: list[int] = []
+    worst = 0.0
+    for begin in range(0, len(ours), 4096):
+        a = np.asarray(ours[begin : begin + 4096], np.float64)
+        b = np.asarray(theirs[begin : begin + 4096], np.float64)
+        difference = np.abs(a - b).max(axis=1)
+        allowed = 2 * HALF_ULP * np.abs(a).max(axis=1)
+        bad = np.flatnonzero(~(difference <= allowed))
+        wrong += (bad + begin).tolist()
+        worst = float(np.max([worst, *difference[bad]]))
+    return np.array(wrong, np.int64), worst
+
+
+def _covered_rows(ran: Ran, workload: Workload) -> int:
+    onnx = [name for name in ("R_o", "R_e") if name in ran.corners]
+    covered = all(_ok(ran, n) and not ran.corners[n].embedding_problem for n in onnx)
+    return workload.vocab if covered and onnx else 0
+
+
+# --------------------------------------------------------------------------------------- sums
+
+
+def _ok(ran: Ran, name: str) -> bool:
+    return name in ran.corners and ran.corners[name].status == "ok"
+
+
+def _kept(ran: Ran, batch: Batch, names: tuple[str, ...] = CORNERS) -> Kept:
+    """What each corner kept of a batch, leaving out corners that have nothing."""
+    kept = {}
+    for name in names:
+        if _ok(ran, name) and not ran.corners[name].facts(batch.name).problem:
+            kept[name] = ran.corners[name].outputs(batch.name)
+    return kept
+
+
+def _references(ran: Ran, batch: Batch) -> Kept:
+    return {
+        name: outcome.outputs(batch.name)
+        for name, outcome in ran.references.items()
+        if outcome.status == "ok" and not outcome.facts(batch.name).problem
+    }
+
+
+def _add_batch(sums: Sums, ran: Ran, batch: Batch, task: Task) -> None:
+    kept, references = _kept(ran, batch), _references(ran, batch)
+    where = [f"{batch.name}, {batch.rows[row]}, position {column}" for row, column in batch.selected]
+    with np.errstate(invalid="ignore", over="ignore"):
+        for edge, (t, r) in EDGES.items():
+            if t in kept and r in kept and t in references and kept[t].shape == kept[r].shape:
+                sums.conversion.setdefault(edge, ConversionSums()).add(
+                    where, kept[t], references[t], kept[r]
+                )
+                if task.causal:
+                    sums.edges.setdefault(edge, DriftSums()).add(kept[t], kept[r])
+        _add_interaction(sums, batch, kept, references)
+        if task.causal:
+            _add_behaviour(sums, batch, kept)
+
+
+def _add_interaction(sums: Sums, batch: Batch, kept: Kept, references: Kept) -> None:
+    same = len({array.shape for array in kept.values()}) == 1
+    if same and set(kept) == set(CORNERS) and set(references) == {"T_o", "T_e"}:
+        own = sums.interaction.setdefault(batch.stimulus_set, InteractionSums())
+        own.add(kept, references)
+
+
+def _add_behaviour(sums: Sums, batch: Batch, kept: Kept) -> None:
+    for runtime in ("T", "R"):
+        before, after = kept.get(f"{runtime}_o"), kept.get(f"{runtime}_e")
+        if before is not None and after is not None and before.shape == after.shape:
+            key = (batch.stimulus_set, runtime)
+            sums.drift.setdefault(key, DriftSums()).add(before, after)
+    for name, logits in kept.items():
+        rows, columns = _followed(batch)
+        if logits.shape[-1] > int(batch.input_ids.max()):
+            following = batch.input_ids[batch.selected[rows, 0], columns + 1]
+            nll = token_nll(logits[rows], following)
+            sums.nll.setdefault((batch.stimulus_set, name), []).append(nll)
+
+
+def _followed(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which kept positions have a real next token, and their columns."""
+    length = batch.input_ids.shape[1]
+    row, column = batch.selected[:, 0], batch.selected[:, 1]
+    followed = (column + 1 < length) & (
+        batch.attention_mask[row, np.minimum(column + 1, length - 1)] == 1
+    )
+    index = np.flatnonzero(followed)
+    return index, column[index]
+
+
+# ------------------------------------------------------------------------------------- results
+
+
+def _conversion(sums: Sums, task: Task) -> Iterator[Conversion]:
+    for edge, own in sums.conversion.items():
+        divergence = sums.edges.get(edge)
+        yield Conversion(
+            edge=edge,
+            output=task.output,
+            positions=own.positions,
+            elements=own.difference.count,
+            max_abs=own.difference.largest,
+            mean_abs=own.difference.mean,
+            max_rel=own.relative.largest,
+            mean_rel=own.relative.mean,
+            cosine=own.cosine,
+            kl=divergence.kl / divergence.positions if divergence else None,
+            flips=divergence.flips if divergence else None,
+            noise_max=own.noise_max,
+            noise_l2=own.noise_l2,
+            ratio_max=own.ratio_max,
+            ratio_l2=own.ratio_l2,
+            worst=own.worst[1],
+        )
+
+
+def _interaction(sums: Sums, task: Task) -> Iterator[Interaction]:
+    for stimulus_set, own in sums.interaction.items():
+        yield Interaction(
+            stimulus_set=stimulus_set,
+            output=task.output,
+            effect=own.effect.l2,
+            norm=own.interaction.l2,
+            ratio=own.ratio,
+            rho=own.rho,
+            noise=own.noise_l2,
+            noise_ratio=own.noise_ratio,
+        )
+
+
+def _effects(ran: Ran, workload: Workload, sums: Sums) -> Iterator[Effect]:
+    texts = {name: _responses(o, workload) for name, o in ran.corners.items() if _ok(ran, name)}
+    for measure in workload.measures:
+        stimuli = workload.of_set(measure.stimulus_set)
+        applied = [stimulus for stimulus in stimuli if measure.metric.applies(stimulus)]
+        corners = {}
+        for name, responses in texts.items():
+            nll = sums.nll.get((measure.stimulus_set, name), [])
+            observed = Observed(
+                stimuli,
+                tuple(responses.get(stimulus.id, "") for stimulus in stimuli),
+                np.concatenate(nll) if nll else np.empty(0),
+            )
+            corners[name] = measure.metric.score(observed)
+        yield Effect(
+            measure.name, measure.stimulus_set, len(applied), corners, measure.metric.unit
+        )
+
+
+def _responses(outcome: Outcome, workload: Workload) -> dict[str, str]:
+    if workload.tokenizer is None:
+        return {}
+    return {
+        stimulus: workload.tokenizer.decode(tokens)
+        for ids, generated in zip(workload.responders, outcome.generations(), strict=True)
+        for stimulus, tokens in zip(ids, generated.tokens, strict=True)
+    }

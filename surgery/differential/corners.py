@@ -1,0 +1,77 @@
+"""Running the corners, each model in a child of its own, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery.differential.workload import Workload
+from surgery.evidence import EDGES
+from surgery.export.tasks import Task
+from surgery.runtimes.child import Job, Limits, Outcome, run
+from surgery.runtimes.interface import ModelRef
+
+Progress = Callable[[str], None]
+"""Called with what is about to run."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A checkpoint folder and the ONNX file that is said to be it."""
+
+    model: Path
+    onnx: Path
+
+
+@dataclass(frozen=True)
+class Ran:
+    """The outcome of every corner, and of the float64 reference of every PyTorch corner."""
+
+    corners: Mapping[str, Outcome]
+    references: Mapping[str, Outcome]
+
+
+def run_corners(
+    pairs: Mapping[str, Pair],
+    task: Task,
+    workload: Workload,
+    scratch: Path,
+    limits: Limits,
+    progress: Progress,
+) -> Ran:
+    """Runs both corners of every edge in `pairs` (`C_o`, `C_e`) and their references.
+
+    Raises the child's own `InputError` where a model file is bad; any other end is an outcome.
+    """
+    corners: dict[str, Outcome] = {}
+    references: dict[str, Outcome] = {}
+    for name, model in _models(pairs, task):
+        reference = model.dtype == "float64"
+        progress(f"{name} in float64" if reference else name)
+        folder = scratch / f"{name}-{model.dtype}"
+        folder.mkdir()
+        outcome = run(_job(model, workload, folder, reference), limits)
+        outcome.raise_bad_input()
+        (references if reference else corners)[name] = outcome
+    return Ran(corners, references)
+
+
+def _models(pairs: Mapping[str, Pair], task: Task) -> Iterator[tuple[str, ModelRef]]:
+    for edge, pair in pairs.items():
+        torch_corner, onnx_corner = EDGES[edge]
+        yield torch_corner, ModelRef("torch", pair.model, task.name)
+        yield torch_corner, ModelRef("torch", pair.model, task.name, "float64")
+        yield onnx_corner, ModelRef("onnxruntime", pair.onnx, task.name)
+
+
+def _job(model: ModelRef, workload: Workload, folder: Path, reference: bool) -> Job:
+    if reference:
+        return Job(model, folder, workload.batches)
+    return Job(
+        model,
+        folder,
+        workload.batches,
+        embedding_rows=workload.vocab,
+        generations=workload.generations,
+    )

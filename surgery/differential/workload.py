@@ -1,0 +1,163 @@
+"""What every corner is asked to do: the batches, the greedy responses and the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from surgery.arch import Architecture
+from surgery.checkpoint import Checkpoint
+from surgery.errors import NothingCompared
+from surgery.export.tasks import Task
+from surgery.metrics import Metric, make_metric
+from surgery.metrics.line_metric import ANSWER as LANGUAGE
+from surgery.policy import Policy
+from surgery.runtimes.child import Generation
+from surgery.stimuli import Batch, Stimulus
+from surgery.stimuli.batches import digest, probe_batches, prompt_batches, within_budget
+from surgery.stimuli.prompts import Tokenizer, tokens_of
+
+OUTPUT_BUDGET = 256 << 20
+"""Bytes of kept outputs per corner; past it a seeded sample of positions is kept."""
+
+DEFAULT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One metric on one stimulus set, under the name a policy gives it."""
+
+    name: str
+    stimulus_set: str
+    metric: Metric
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`responders[i]` are the ids of the stimuli that `generations[i]` continues, in order."""
+
+    stimuli: tuple[Stimulus, ...]
+    batches: tuple[Batch, ...]
+    measures: tuple[Measure, ...]
+    generations: tuple[Generation, ...]
+    responders: tuple[tuple[str, ...], ...]
+    tokenizer: Tokenizer | None
+    vocab: int
+    seed: int
+
+    def of_set(self, name: str) -> tuple[Stimulus, ...]:
+        return tuple(stimulus for stimulus in self.stimuli if stimulus.set == name)
+
+    def describe(self) -> dict[str, object]:
+        """What names this workload in a report: digest, seed and sizes."""
+        return {
+            "sha256": digest(self.batches),
+            "seed": self.seed,
+            "batches": len(self.batches),
+            "positions": sum(len(batch.selected) for batch in self.batches),
+        }
+
+
+def make_workload(
+    model: Checkpoint,
+    arch: Architecture,
+    task: Task,
+    stimuli: tuple[Stimulus, ...],
+    policy: Policy,
+    seed: int = DEFAULT_SEED,
+) -> Workload:
+    """The workload for one model; raises `StimuliError` for stimuli it cannot take and
+    `PolicyError` for a metric that does not exist."""
+    vocab, positions = arch.sizes["vocab"], arch.sizes["positions"]
+    prompted = any(stimulus.prompt is not None for stimulus in stimuli)
+    responding = task.causal and any(stimulus.answers for stimulus in stimuli)
+    tokenizer = Tokenizer(model.root) if prompted or responding else None
+    tokens = tokens_of(stimuli, tokenizer, vocab, positions)
+    batches = [*prompt_batches(stimuli, tokens), *probe_batches(vocab, positions, seed)]
+    if not batches:
+        raise NothingCompared("there is no input to compare on")
+    wide = (vocab if task.causal else arch.width) * 8  # the reference is float64
+    kept = within_budget(batches, wide, OUTPUT_BUDGET, seed)
+    measures = tuple(_measures(stimuli, policy)) if task.causal else ()
+    responders = _responders(stimuli, measures, tokens, tokenizer, positions)
+    ends = _end_tokens(model)
+    return Workload(
+        stimuli,
+        tuple(kept),
+        measures,
+        tuple(
+            Generation(tuple(tokens[i] for i in ids), length, ends)
+            for length, ids in responders.items()
+        ),
+        tuple(responders.values()),
+        tokenizer,
+        vocab,
+        seed,
+    )
+
+
+def _measures(stimuli: Sequence[Stimulus], policy: Policy) -> Iterator[Measure]:
+    """The policy's metrics, then those that the stimuli's own answers suggest."""
+    wanted = [(rule.metric, rule.set) for rule in policy.target]
+    for name in dict.fromkeys(stimulus.set for stimulus in stimuli):
+        wanted += [(metric, name) for metric in _suggested(stimuli, name)]
+    named = {metric.partition(":")[0] for metric, _ in wanted[: len(policy.target)]}
+    for index, (metric, stimulus_set) in enumerate(dict.fromkeys(wanted)):
+        # A rate over languages the policy already names is not measured twice.
+        again = index >= len(policy.target) and metric.startswith("line_pass_rate")
+        if not (again and "line_pass_rate" in named):
+            yield Measure(metric, stimulus_set, make_metric(metric))
+
+
+def _suggested(stimuli: Sequence[Stimulus], stimulus_set: str) -> Iterator[str]:
+    own = [stimulus for stimulus in stimuli if stimulus.set == stimulus_set]
+    names = sorted({name for stimulus in own for name in stimulus.answers or {}})
+    for name in names:
+        if name != LANGUAGE:
+            yield f"answer_rate:{name}"
+        elif stimulus_set == "target":
+            yield f"line_pass_rate:{','.join(_languages(stimuli))}"
+    if own:
+        yield "nll"
+
+
+def _languages(stimuli: Sequence[Stimulus]) -> list[str]:
+    return sorted({code for s in stimuli for code in (s.answers or {}).get(LANGUAGE, ())})
+
+
+def _responders(
+    stimuli: Sequence[Stimulus],
+    measures: Sequence[Measure],
+    tokens: Mapping[str, tuple[int, ...]],
+    tokenizer: Tokenizer | None,
+    positions: int,
+) -> dict[int, tuple[str, ...]]:
+    """Stimulus ids by the number of new tokens their metrics need, as far as the model reaches."""
+    found: dict[int, list[str]] = {}
+    for stimulus in stimuli:
+        needed = _new_tokens(stimulus, measures, tokenizer)
+        room = positions - len(tokens[stimulus.id])
+        if needed and room:
+            found.setdefault(min(needed, room), []).append(stimulus.id)
+    return {length: tuple(ids) for length, ids in sorted(found.items())}
+
+
+def _new_tokens(
+    stimulus: Stimulus, measures: Sequence[Measure], tokenizer: Tokenizer | None
+) -> int:
+    answers = [a for listed in (stimulus.answers or {}).values() for a in listed]
+    longest = max((len(tokenizer.encode(a)) for a in answers if tokenizer), default=0)
+    return max(
+        (
+            measure.metric.new_tokens(longest)
+            for measure in measures
+            if measure.stimulus_set == stimulus.set and measure.metric.applies(stimulus)
+        ),
+        default=0,
+    )
+
+
+def _end_tokens(model: Checkpoint) -> tuple[int, ...]:
+    ends = model.config.get("eos_token_id")
+    listed = ends if isinstance(ends, list) else [ends]
+    return tuple(end for end in listed if type(end) is int)

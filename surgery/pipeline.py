@@ -1,0 +1,166 @@
+"""The stages composed: differential test, and the whole way from recipe to verdict."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from surgery.apply import apply, environment
+from surgery.arch import identify
+from surgery.checkpoint import Checkpoint, Staging
+from surgery.checkpoint.files import sha256_file
+from surgery.differential import DEFAULT_SEED, Limits, Pair, make_workload, measure
+from surgery.errors import InputError
+from surgery.evidence import EDGES
+from surgery.export import default_task, export_in_child, find_task
+from surgery.gate import judge
+from surgery.policy import BUILT_IN, Policy
+from surgery.report import Report, render
+from surgery.stimuli.prompts import load_stimuli
+
+MODEL = "model.onnx"
+EDITED = "edited"
+ONNX = {"C_o": "onnx/original", "C_e": "onnx/edited"}
+REPORT_JSON, REPORT_HTML = "report.json", "report.html"
+
+Progress = Callable[[str], None]
+
+
+def silent(stage: str) -> None:
+    """The progress callback of those who do not want any."""
+
+
+def diff(
+    model: Path,
+    *,
+    onnx: Path | None = None,
+    edited: Path | None = None,
+    edited_onnx: Path | None = None,
+    stimuli: Sequence[Path] = (),
+    policy: Policy = BUILT_IN,
+    task: str | None = None,
+    seed: int = DEFAULT_SEED,
+    limits: Limits | None = None,
+    progress: Progress = silent,
+) -> Report:
+    """The differential test of checkpoint `model` and, where given, of `edited`.
+
+    An ONNX file that is not given is exported to a temporary folder. Raises `InputError` for
+    anything given that cannot be used; whatever a corner does is in the report.
+    """
+    if edited is None and edited_onnx is not None:
+        raise InputError("an edited ONNX file needs the edited checkpoint: give --edited too")
+    models = {"C_o": model} | ({"C_e": edited} if edited else {})
+    given = {"C_o": onnx, "C_e": edited_onnx}
+    _check_same_shape(model, edited)
+    with tempfile.TemporaryDirectory(prefix="surgery-onnx-") as scratch:
+        pairs = {
+            edge: Pair(folder, given[edge] or Path(scratch) / ONNX[edge] / MODEL)
+            for edge, folder in models.items()
+        }
+        for edge, pair in pairs.items():
+            if given[edge] is None:
+                progress(f"export of {pair.model}")
+                export_in_child(pair.model, pair.onnx.parent, task=task)
+        return _report(pairs, stimuli, policy, task, seed, limits or Limits(), progress)
+
+
+def validate(
+    recipe: Path,
+    model: Path,
+    output: Path,
+    *,
+    policy: Policy = BUILT_IN,
+    stimuli: Sequence[Path] = (),
+    task: str | None = None,
+    seed: int = DEFAULT_SEED,
+    limits: Limits | None = None,
+    allow_outside: bool = False,
+    progress: Progress = silent,
+) -> Report:
+    """Applies `recipe` to `model`, exports both, tests the four corners and writes the report.
+
+    `output` gets `edited/`, `onnx/original/`, `onnx/edited/`, `report.json` and `report.html`,
+    whatever the verdict; where an input cannot be used it does not appear at all.
+    """
+    load_stimuli(stimuli)  # a typing error there should not cost an export
+    with Staging(output, (model,)) as staging:
+        progress("edit")
+        edited = staging.path / EDITED
+        apply(recipe, model, edited, allow_outside=allow_outside)
+        pairs = {
+            "C_o": Pair(model, staging.path / ONNX["C_o"] / MODEL),
+            "C_e": Pair(edited, staging.path / ONNX["C_e"] / MODEL),
+        }
+        for edge, pair in pairs.items():
+            progress(f"export of {ONNX[edge].removeprefix('onnx/')}")
+            export_in_child(pair.model, pair.onnx.parent, task=task)
+        bounds = limits or Limits()
+        report = _report(pairs, stimuli, policy, task, seed, bounds, progress, staging.path)
+        staging.write(REPORT_JSON, render(report, "json").encode())
+        staging.write(REPORT_HTML, render(report, "html").encode())
+        staging.commit()
+    return report
+
+
+def _check_same_shape(model: Path, edited: Path | None) -> None:
+    """Original and edited outputs are subtracted, so both models must be of one shape."""
+    original = identify(Checkpoint.open(model))
+    other = identify(Checkpoint.open(edited)) if edited else original
+    for name in ("vocab", "width", "layers"):
+        if (original.family, original.sizes[name]) != (other.family, other.sizes[name]):
+            raise InputError(
+                f"{edited}: is a {other.family} with {name} {other.sizes[name]}; {model} is a "
+                f"{original.family} with {name} {original.sizes[name]}"
+            )
+
+
+def _report(
+    pairs: dict[str, Pair],
+    stimuli: Sequence[Path],
+    policy: Policy,
+    task: str | None,
+    seed: int,
+    limits: Limits,
+    progress: Progress,
+    root: Path | None = None,
+) -> Report:
+    model = pairs["C_o"].model
+    wanted = find_task(task) if task else default_task(model)
+    base = Checkpoint.open(model)
+    workload = make_workload(base, identify(base), wanted, load_stimuli(stimuli), policy, seed)
+    evidence = measure(pairs, wanted, workload, limits, progress)
+    inputs = {
+        **{EDGES[edge][0]: _weights(pair.model, root) for edge, pair in pairs.items()},
+        **{EDGES[edge][1]: _file(pair.onnx, root) for edge, pair in pairs.items()},
+        **{f"stimuli {number}": _file(path, root) for number, path in enumerate(stimuli)},
+        "workload": {"task": wanted.name, **workload.describe()},
+    }
+    verdict = judge(evidence, policy)
+    return Report.build(evidence, verdict, policy, _environment(), inputs)
+
+
+def _weights(folder: Path, root: Path | None) -> dict[str, Any]:
+    checkpoint = Checkpoint.open(folder)
+    files = ("config.json", *checkpoint.weight_files)
+    digests = {file: sha256_file(checkpoint.path(file)) for file in files}
+    return {"path": _shown(folder, root), "sha256": digests}
+
+
+def _file(path: Path, root: Path | None) -> dict[str, Any]:
+    return {"path": _shown(path, root), "sha256": sha256_file(path)}
+
+
+def _shown(path: Path, root: Path | None) -> str:
+    """Paths inside a run's own folder are given relative to it: it is about to be renamed."""
+    inside = root is not None and path.is_relative_to(root)
+    return str(path.relative_to(root)) if root is not None and inside else str(path)
+
+
+def _environment() -> dict[str, str]:
+    from importlib.metadata import version
+
+    packages = ("torch", "transformers", "onnx", "onnxruntime")
+    return {**environment(), **{name: version(name) for name in packages}}
