@@ -193,7 +193,7 @@ def diff(report: Path, timeout: float, **options: Any) -> None:
     refuse_folder(report)
     with stages() as progress:
         found = run(**options, limits=Limits(timeout), progress=progress)
-    write_text(report, render_as(found, "json"))
+    write_text(report, found.dump())
     finish(found)
 
 
@@ -253,14 +253,15 @@ def report(report: Path, format: str, output: Path | None) -> None:
 
     Example: surgery report report.json --format html --output report.html
     """
-    from surgery.report import load_report
+    from surgery.report import load_report, render
 
     found = load_report(report)
     if output is None:
-        click.echo(render_as(found, format, for_terminal=True), nl=False)
+        text = terminal_text(found) if format == "text" else render(found, format)
+        click.echo(text, nl=False)
     else:
         refuse_folder(output)
-        write_text(output, render_as(found, format))
+        write_text(output, render(found, format))
 
 
 @cli.command()
@@ -290,20 +291,16 @@ def demo(output: Path) -> None:
     sys.exit(0 if passed else 1)
 
 
-def render_as(report: Any, format: str, for_terminal: bool = False) -> str:
-    """A report as text; with colours where `for_terminal` and stdout is one that wants them."""
-    from surgery.report import render
+def terminal_text(report: Any, brief: bool = False) -> str:
+    """A report for stdout, with colours where that is a terminal that wants them."""
+    from surgery.report.text import Text, wants_color
 
-    if format == "text" and for_terminal:
-        from surgery.report.text import Text, wants_color
-
-        return Text(color=wants_color(sys.stdout)).render(report)
-    return render(report, format)
+    return Text(color=wants_color(sys.stdout), brief=brief).render(report)
 
 
 def finish(report: Any, tail: str = "") -> None:
     """Prints a report and leaves with its verdict's exit code."""
-    click.echo(render_as(report, "text", for_terminal=True), nl=False)
+    click.echo(terminal_text(report, brief=True), nl=False)
     if tail:
         click.echo(tail)
     sys.exit(VERDICTS[report.verdict])

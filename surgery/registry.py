@@ -25,7 +25,7 @@ class Registry(Mapping[str, T], Generic[T]):
         if name not in self._members:
             raise KeyError(f"unknown {self.noun} {name!r}{suggest(name, self._members)}")
         module, _, attribute = self._members[name].partition(":")
-        member: Any = getattr(import_module(module), attribute)
+        member: T = getattr(import_module(module), attribute)
         return member
 
     def __iter__(self) -> Iterator[str]:

@@ -118,12 +118,12 @@ def _interface_faults(ran: Ran, workload: Workload, task: Task) -> Iterator[Find
 
 
 def _batch_faults(ran: Ran, batch: Batch, task: Task) -> Iterator[Finding]:
-    for edge in EDGES.values():
-        pair = [ran.corners[name] for name in edge if _ok(ran, name)]
-        for name, outcome in zip(edge, pair, strict=False) if len(pair) == 2 else ():
-            yield from _corner_faults(name, outcome, batch, task)
-        if len(pair) == 2:
-            yield from _dtype_faults(edge[1], *pair, batch, task)
+    for torch_corner, onnx_corner in EDGES.values():
+        names = [name for name in (torch_corner, onnx_corner) if _ok(ran, name)]
+        for name in names:
+            yield from _corner_faults(name, ran.corners[name], batch, task)
+        if len(names) == 2:
+            yield from _dtype_faults(ran, torch_corner, onnx_corner, batch, task)
 
 
 def _corner_faults(name: str, outcome: Outcome, batch: Batch, task: Task) -> Iterator[Finding]:
@@ -144,15 +144,16 @@ def _corner_faults(name: str, outcome: Outcome, batch: Batch, task: Task) -> Ite
 
 
 def _dtype_faults(
-    corner: str, torch_run: Outcome, onnx_run: Outcome, batch: Batch, task: Task
+    ran: Ran, torch_corner: str, onnx_corner: str, batch: Batch, task: Task
 ) -> Iterator[Finding]:
-    dtypes = [
-        {fact.name: fact.dtype for fact in run.facts(batch.name).outputs}.get(task.output)
-        for run in (torch_run, onnx_run)
-    ]
-    if None not in dtypes and dtypes[0] != dtypes[1]:
-        message = f"{corner}: {task.output} is {dtypes[1]}, in PyTorch it is {dtypes[0]}"
-        yield Finding("interface", "dtype", f"{corner}/{task.output}/{batch.name}", message)
+    ours, theirs = (
+        {fact.name: fact.dtype for fact in ran.corners[name].facts(batch.name).outputs}
+        for name in (torch_corner, onnx_corner)
+    )
+    found, expected = theirs.get(task.output), ours.get(task.output)
+    if found is not None and expected is not None and found != expected:
+        message = f"{onnx_corner}: {task.output} is {found}, in PyTorch it is {expected}"
+        yield Finding("interface", "dtype", f"{onnx_corner}/{task.output}/{batch.name}", message)
 
 
 # ----------------------------------------------------------------------------------- embedding

@@ -98,7 +98,7 @@ def make_workload(
 
 def _measures(stimuli: Sequence[Stimulus], policy: Policy) -> Iterator[Measure]:
     """The policy's metrics, then those that the stimuli's own answers suggest."""
-    wanted = [(rule.metric, rule.set) for rule in policy.target]
+    wanted: list[tuple[str, str]] = [(rule.metric, rule.set) for rule in policy.target]
     for name in dict.fromkeys(stimulus.set for stimulus in stimuli):
         wanted += [(metric, name) for metric in _suggested(stimuli, name)]
     named = {metric.partition(":")[0] for metric, _ in wanted[: len(policy.target)]}

@@ -135,7 +135,9 @@ def _check_dynamic(graph: Any, task: Task) -> None:
     layers = sum(name.startswith("past_key_values.") for name in found) // 2
     expected = {name: (0, 1) for name in (*task.inputs, task.output)}
     for stem in ("past_key_values", "present") if task.cache else ():
-        expected |= {f"{stem}.{n}.{part}": (0, 2) for n in range(layers) for part in ("key", "value")}
+        expected |= {
+            f"{stem}.{n}.{part}": (0, 2) for n in range(layers) for part in ("key", "value")
+        }
     if set(found) != set(expected) or (task.cache and not layers):
         raise ExportError(
             f"the graph has inputs and outputs {quote(sorted(found), 300)}; "

@@ -48,7 +48,9 @@ def check_opsets(model: Any, file: str) -> dict[str, int]:
     return found
 
 
-def check_graph(graph: Any, scope: Scope, outer: frozenset[str] = frozenset(), depth: int = 0) -> None:
+def check_graph(
+    graph: Any, scope: Scope, outer: frozenset[str] = frozenset(), depth: int = 0
+) -> None:
     """Checks one graph and the graphs inside its nodes; `outer` are names visible from outside."""
     if depth > _MAX_DEPTH:
         raise OnnxError(f"{scope.file}: graphs nested deeper than {_MAX_DEPTH}")

@@ -128,7 +128,9 @@ def _ending(returncode: int, folder: Path, seconds: float, peak: int) -> Ending:
         reply = None
     if returncode != 0 or not isinstance(reply, dict):
         line = _last_line(folder / "stderr.txt")
-        return Ending("crash", f"exit code {returncode}: {quote(line, DETAIL_LENGTH)}", seconds, peak)
+        return Ending(
+            "crash", f"exit code {returncode}: {quote(line, DETAIL_LENGTH)}", seconds, peak
+        )
     return Ending(
         reply["status"],
         reply["detail"],

@@ -14,6 +14,7 @@ from rich.text import Text as RichText
 from surgery.report.model import Report
 from surgery.report.tables import Table, headline, subline, tables
 
+BACKGROUND = ("Corners", "Policy", "Inputs", "Environment")
 STYLES = {"pass": "bold green", "fail": "bold red", "not_evaluated": "bold yellow"}
 
 
@@ -23,11 +24,15 @@ def wants_color(stream: IO[str]) -> bool:
 
 
 class Text:
-    """Plain text, or with ANSI colours when asked; `width` in columns."""
+    """Plain text, or with ANSI colours when asked; `width` in columns.
 
-    def __init__(self, color: bool = False, width: int = 120) -> None:
+    `brief` leaves out what only a later reader needs: inputs, policy, environment.
+    """
+
+    def __init__(self, color: bool = False, width: int = 120, brief: bool = False) -> None:
         self.color = color
         self.width = width
+        self.brief = brief
 
     def render(self, report: Report) -> str:
         out = io.StringIO()
@@ -45,6 +50,8 @@ class Text:
         console.print(RichText(headline(report), style=STYLES[report.verdict]))
         console.print(RichText(subline(report)))
         for table in tables(report):
+            if self.brief and table.title in BACKGROUND:
+                continue
             console.print()
             console.print(RichText(table.title, style="bold"))
             console.print(_table(table))

@@ -82,7 +82,9 @@ def assign_roles(declared: Iterable[Port], file: str) -> dict[str, str]:
             )
     if "input_ids" not in roles.values():
         found = ", ".join(map(str, declared)) or "none"
-        raise OnnxError(f"{file}: expected token ids, integer [batch, length]; found inputs {found}")
+        raise OnnxError(
+            f"{file}: expected token ids, integer [batch, length]; found inputs {found}"
+        )
     return roles
 
 

@@ -15,6 +15,7 @@ from surgery.stimuli.interface import Batch, Stimulus
 ROWS = 16
 LONGEST_PROBE = 256
 
+Side = Literal["left", "right"]
 Padding = Literal["none", "left", "right"]
 
 PROBES: tuple[tuple[str, int, int, Padding], ...] = (
@@ -48,7 +49,7 @@ def probe_batches(vocab: int, positions: int, seed: int) -> Iterator[Batch]:
         columns = min(columns, positions)
         lengths = _lengths(rows, columns, padding)
         ids = [tuple(generator.integers(0, vocab, n).tolist()) for n in lengths]
-        side: Padding = "left" if padding == "none" else padding
+        side: Side = "right" if padding == "right" else "left"
         names = tuple(f"seed {seed} row {row}" for row in range(rows))
         yield pad(f"probe/{title}", "probe", ids, side, names)
 
@@ -63,7 +64,7 @@ def pad(
     name: str,
     stimulus_set: str,
     ids: Sequence[tuple[int, ...]],
-    side: Literal["left", "right"],
+    side: Side,
     rows: tuple[str, ...],
 ) -> Batch:
     """`ids` as one batch padded with token 0 on `side`; every real position selected.

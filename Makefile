@@ -1,0 +1,50 @@
+# Two commands do everything on a fresh clone: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.installed
+
+# Two runtimes share two cores: more threads than cores only wait for each other.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM = false
+export HF_HUB_OFFLINE = 1
+
+.PHONY: setup demo test lint format fixtures noise clean
+
+setup: $(SETUP)
+
+# torch first and by itself: the pinned version is the CPU build, and nothing after it asks for more.
+$(SETUP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(SETUP)
+	rm -rf demo
+	$(BIN)/surgery demo --output demo
+
+test: $(SETUP)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(SETUP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Retrains every fixture from scratch; the results are in the repository.
+fixtures: $(SETUP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fixtures]'
+	$(BIN)/python tools/train_capitals.py
+	$(BIN)/python tools/train_polyglot.py
+
+noise: $(SETUP)
+	$(BIN)/python tools/measure_noise.py
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

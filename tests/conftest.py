@@ -1,0 +1,49 @@
+"""Shared fixtures and options."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Helpers of the tests (`evidences`, `models`) are plain modules beside this file.
+sys.path.insert(0, str(Path(__file__).parent))
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """`golden(name, text)`: the text is the one kept in `tests/golden/name`."""
+
+    def check(name: str, text: str) -> None:
+        kept = GOLDEN / name
+        if request.config.getoption("--update-golden"):
+            kept.write_text(text, encoding="utf-8")
+        assert text == kept.read_text(encoding="utf-8")
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`base_of(family, dtype="float32", **config)`: a saved random model, made once; read only."""
+    from models import make
+
+    made: dict[str, Path] = {}
+
+    def base(family: str, dtype: str = "float32", **config: object) -> Path:
+        key = repr((family, dtype, sorted(config.items())))
+        if key not in made:
+            made[key] = make(
+                family, tmp_path_factory.mktemp(family) / "base", dtype=dtype, **config
+            )
+        return made[key]
+
+    return base

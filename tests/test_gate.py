@@ -1,0 +1,387 @@
+"""The gate's law, case by case, and what must hold for any evidence."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+from evidences import (
+    POLICY,
+    clean,
+    conversion,
+    conversion_only,
+    corner,
+    edit_lost,
+    effect,
+    interaction,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from surgery.evidence import Conversion, Drift, Evidence, Finding, Interaction
+from surgery.gate import judge
+from surgery.policy import BUILT_IN, Policy, PreservePolicy, TargetRule
+
+NAN, INF = math.nan, math.inf
+
+
+def without(evidence: Evidence, name: str) -> Evidence:
+    return replace(evidence, corners={k: v for k, v in evidence.corners.items() if k != name})
+
+
+def drifts(runtime: str, kl: float = 0.0, flip_rate: float = 0.0) -> tuple[Drift, ...]:
+    other = "R" if runtime == "T" else "T"
+    return (Drift("preserve", runtime, 9, kl, flip_rate), Drift("preserve", other, 9, 0.0, 0.0))
+
+
+def messages(evidence: Evidence, policy: Policy = BUILT_IN) -> str:
+    return "; ".join(finding.message for finding in judge(evidence, policy).findings)
+
+
+def test_clean_evidence_passes() -> None:
+    assert judge(clean(), POLICY).verdict == "pass"
+    assert judge(clean(), POLICY).findings == ()
+
+
+def test_without_an_edit_only_the_conversion_is_judged() -> None:
+    assert judge(conversion_only(), POLICY).verdict == "pass"
+
+
+def test_nothing_compared_is_not_evaluated() -> None:
+    verdict = judge(replace(clean(), compared=0), POLICY)
+    assert verdict.verdict == "not_evaluated"
+    assert judge(Evidence(corners={}), BUILT_IN).verdict == "not_evaluated"
+
+
+def test_a_crash_fails_even_where_nothing_was_compared() -> None:
+    crashed = Evidence(corners={"T_o": corner("T_o"), "R_o": corner("R_o", "crash")})
+    assert judge(crashed, BUILT_IN).verdict == "fail"
+
+
+RULES = (TargetRule(metric="memory_rate", min_change=0.3),)
+
+FAILING: dict[str, tuple[dict[str, Any], Policy, str, str, str]] = {
+    "fault": (
+        {"faults": (Finding("lineage", "stale tensor", "w", "stale"),)},
+        BUILT_IN,
+        "lineage",
+        "stale tensor",
+        "w",
+    ),
+    "no C_o": ({"conversion": (conversion("C_e"),)}, BUILT_IN, "coverage", "not measured", "C_o"),
+    "no C_e": ({"conversion": (conversion("C_o"),)}, BUILT_IN, "coverage", "not measured", "C_e"),
+    "no interaction": ({"interaction": ()}, BUILT_IN, "coverage", "not measured", "I"),
+    "worst element": (
+        {"conversion": (conversion("C_o", ratio_max=8.01), conversion("C_e"))},
+        BUILT_IN,
+        "conversion",
+        "wrong value",
+        "C_o/logits/left-padded batch, row 3, position 17",
+    ),
+    "L2": (
+        {"conversion": (conversion("C_o"), conversion("C_e", ratio_l2=INF, worst="b"))},
+        BUILT_IN,
+        "conversion",
+        "wrong value",
+        "C_e/logits/b",
+    ),
+    "infinite noise": (
+        {"conversion": (conversion("C_o", noise_max=INF, ratio_max=0.0), conversion("C_e"))},
+        BUILT_IN,
+        "conversion",
+        "nan",
+        "C_o/logits",
+    ),
+    "no elements": (
+        {"conversion": (conversion("C_o", elements=0), conversion("C_e"))},
+        BUILT_IN,
+        "coverage",
+        "nothing compared",
+        "C_o/logits",
+    ),
+    "negative ratio": (
+        {"conversion": (conversion("C_o", ratio_max=-1.0, worst="w"), conversion("C_e"))},
+        BUILT_IN,
+        "conversion",
+        "wrong value",
+        "C_o/logits/w",
+    ),
+    "edit lost": (
+        {"interaction": (interaction("target", 84.2, 1.0, rho=-0.99),)},
+        BUILT_IN,
+        "interaction",
+        "the edit was lost",
+        "target/logits",
+    ),
+    "half lost": (
+        {"interaction": (interaction("target", 84.2, 0.5, rho=-0.5),)},
+        BUILT_IN,
+        "interaction",
+        "half lost",
+        "target/logits",
+    ),
+    "applied twice": (
+        {"interaction": (interaction("target", 84.2, 1.0, rho=1.1),)},
+        BUILT_IN,
+        "interaction",
+        "applied twice",
+        "target/logits",
+    ),
+    "another effect": (
+        {"interaction": (interaction("target", 84.2, 0.3, rho=-0.25),)},
+        BUILT_IN,
+        "interaction",
+        "wrong value",
+        "target/logits",
+    ),
+    "disagreement within a small effect": (
+        {"interaction": (interaction("preserve", 1e-3, 9.0),)},
+        BUILT_IN,
+        "interaction",
+        "wrong value",
+        "preserve/logits",
+    ),
+    "drift in PyTorch": (
+        {"drift": drifts("T", kl=0.02)},
+        POLICY,
+        "preserve",
+        "drift",
+        "preserve/T/kl",
+    ),
+    "drift in ONNX Runtime": (
+        {"drift": drifts("R", flip_rate=0.02)},
+        POLICY,
+        "preserve",
+        "drift",
+        "preserve/R/flip_rate",
+    ),
+    "drift not measured": (
+        {"drift": drifts("T")[:1]},
+        POLICY,
+        "preserve",
+        "not measured",
+        "preserve/R/kl",
+    ),
+    "drift is NaN, without a limit": (
+        {"drift": drifts("T", kl=NAN)},
+        BUILT_IN,
+        "preserve",
+        "nan",
+        "preserve/T/kl",
+    ),
+    "metric is NaN on one side": (
+        {"effects": (effect("m", "probe", 1.0, 1.0, 1.0, NAN),)},
+        BUILT_IN,
+        "target",
+        "nan",
+        "probe/m/R_e",
+    ),
+    "metric not measured": (
+        {"effects": ()},
+        Policy(schema=1, target=RULES),
+        "target",
+        "not measured",
+        "target/memory_rate/T",
+    ),
+    "too little change in one runtime": (
+        {"effects": (effect("memory_rate", "target", 0.4, 0.9, 0.4, 0.6),)},
+        Policy(schema=1, target=RULES),
+        "target",
+        "too little change",
+        "target/memory_rate/R",
+    ),
+    "metric measured on nothing": (
+        {"effects": (replace(effect("memory_rate", "target", 0.0, 1.0, 0.0, 1.0), count=0),)},
+        Policy(schema=1, target=RULES),
+        "target",
+        "not measured",
+        "target/memory_rate/R",
+    ),
+    "metric missing at a corner": (
+        {"effects": (replace(clean().effects[0], corners={"T_o": 0.0, "T_e": 1.0, "R_e": 1.0}),)},
+        Policy(schema=1, target=RULES),
+        "target",
+        "too little change",
+        "target/memory_rate/R",
+    ),
+    "metric of another set": (
+        {"effects": (effect("memory_rate", "preserve", 0.0, 1.0, 0.0, 1.0),)},
+        Policy(schema=1, target=RULES),
+        "target",
+        "not measured",
+        "target/memory_rate/T",
+    ),
+    "drift measured on nothing": (
+        {"drift": (*drifts("T")[:1], Drift("preserve", "R", 0, 0.0, 0.0))},
+        POLICY,
+        "preserve",
+        "not measured",
+        "preserve/R/flip_rate",
+    ),
+    "too much change": (
+        {"effects": (effect("context_rate", "target", 0.5, 0.1, 0.5, 0.21),)},
+        Policy(schema=1, target=(TargetRule(metric="context_rate", max_change=-0.3),)),
+        "target",
+        "too much change",
+        "target/context_rate/R",
+    ),
+    "too much loss": (
+        {"effects": (effect("accuracy", "preserve", 1.0, 0.9, 1.0, 1.0),)},
+        Policy(schema=1, target=(TargetRule(metric="accuracy", set="preserve", min_change=-0.05),)),
+        "target",
+        "too little change",
+        "preserve/accuracy/T",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_each_way_to_fail_is_named(case: str) -> None:
+    changes, policy, stage, symptom, site = FAILING[case]
+    verdict = judge(replace(clean(), **changes), policy)
+    assert verdict.verdict == "fail"
+    assert (stage, symptom, site) in [(f.stage, f.symptom, f.site) for f in verdict.findings]
+
+
+@pytest.mark.parametrize("name", ["T_o", "T_e", "R_o", "R_e"])
+def test_a_missing_corner_fails(name: str) -> None:
+    verdict = judge(without(clean(), name), BUILT_IN)
+    assert verdict.verdict == "fail"
+    assert ("missing corner", name) in [(f.symptom, f.site) for f in verdict.findings]
+
+
+@pytest.mark.parametrize("status", ["crash", "timeout", "error", "", "OK"])
+def test_a_corner_that_is_not_ok_fails(status: str) -> None:
+    corners = {**clean().corners, "R_e": corner("R_e", status)}
+    assert judge(replace(clean(), corners=corners), BUILT_IN).verdict == "fail"
+
+
+def test_a_limit_is_inclusive() -> None:
+    edges = (conversion("C_o", 8.0), conversion("C_e", 8.0))
+    assert judge(replace(clean(), conversion=edges), BUILT_IN).verdict == "pass"
+
+
+@pytest.mark.parametrize(
+    ("c_o", "c_e", "blamed"),
+    [
+        (1.3, 400.0, "the conversion of the edited model is at fault (C_o is at 1.3)"),
+        (390.0, 400.0, "the converter is at fault, with or without the edit (C_o is at 390)"),
+        (400.0, 1.3, "the conversion of the original model is at fault (C_e is at 1.3)"),
+        (9000.0, 100.0, "C_o is worse (C_o is at 9e+03)"),
+    ],
+)
+def test_the_message_says_who_is_at_fault(c_o: float, c_e: float, blamed: str) -> None:
+    edges = (conversion("C_o", c_o), conversion("C_e", c_e))
+    assert blamed in messages(replace(clean(), conversion=edges))
+
+
+def test_an_edit_without_any_effect_is_judged_by_noise() -> None:
+    still = replace(interaction("preserve", 0.0, 0.0), ratio=NAN, rho=NAN)
+    assert judge(replace(clean(), interaction=(still,)), BUILT_IN).verdict == "pass"
+
+
+def test_a_share_of_an_effect_within_noise_excuses_nothing() -> None:
+    row = interaction("preserve", 1e-3, 9.0)
+    lenient = Policy.model_validate({"schema": 1, "interaction": {"max_ratio": 10.0}})
+    assert "nothing beyond noise" in messages(replace(clean(), interaction=(row,)), lenient)
+
+
+def test_an_interaction_within_noise_passes_whatever_its_share() -> None:
+    row = interaction("target", 1e-2, 0.2)
+    assert row.effect > 8 * row.noise and row.noise_ratio < 8
+    assert judge(replace(clean(), interaction=(row,)), BUILT_IN).verdict == "pass"
+
+
+def test_the_lost_edit_is_seen_at_every_stage() -> None:
+    stages = [finding.stage for finding in judge(edit_lost(), POLICY).findings]
+    assert sorted(set(stages)) == ["conversion", "interaction", "lineage", "preserve", "target"]
+
+
+# ------------------------------------------------------------------- what holds for any evidence
+
+MEASURED = [
+    *(("conversion", f.name) for f in fields(Conversion) if f.type.startswith("float")),
+    *(("interaction", f.name) for f in fields(Interaction) if f.type == "float"),
+    ("drift", "kl"),
+    ("drift", "flip_rate"),
+]
+ERRORS = [
+    ("conversion", "ratio_max"),
+    ("conversion", "ratio_l2"),
+    ("drift", "kl"),
+    ("drift", "flip_rate"),
+]
+
+
+def with_value(evidence: Evidence, kind: str, index: int, **values: float) -> Evidence:
+    rows = list(getattr(evidence, kind))
+    index %= len(rows)
+    rows[index] = replace(rows[index], **values)
+    changes: dict[str, Any] = {kind: tuple(rows)}
+    return replace(evidence, **changes)
+
+
+limits = st.floats(0, 1e300)
+policies = st.builds(
+    lambda a, b, c, d: Policy.model_validate(
+        {
+            "schema": 1,
+            "conversion": {"max_noise_ratio": a},
+            "interaction": {"max_ratio": b, "max_noise_ratio": c},
+            "preserve": {"max_kl": d},
+        }
+    ),
+    *(limits,) * 4,
+)
+
+
+@given(st.sampled_from(MEASURED), st.integers(0, 3), policies)
+def test_no_policy_lets_nan_pass(where: tuple[str, str], index: int, policy: Policy) -> None:
+    kind, name = where
+    assert judge(with_value(clean(), kind, index, **{name: NAN}), policy).verdict == "fail"
+
+
+@given(st.sampled_from(["T_o", "T_e", "R_o", "R_e"]), policies, st.booleans())
+def test_no_policy_lets_a_missing_or_broken_corner_pass(
+    name: str, policy: Policy, missing: bool
+) -> None:
+    broken = replace(clean(), corners={**clean().corners, name: corner(name, "timeout")})
+    evidence = without(clean(), name) if missing else broken
+    assert judge(evidence, policy).verdict == "fail"
+
+
+@given(policies, st.text(), st.text())
+def test_no_policy_lets_a_fault_pass(policy: Policy, stage: str, message: str) -> None:
+    fault = Finding(stage, "any", "any", message)
+    assert judge(replace(clean(), faults=(fault,)), policy).verdict == "fail"
+
+
+@given(
+    st.sampled_from(ERRORS),
+    st.integers(0, 3),
+    st.floats(0, 1e6),
+    st.floats(0, allow_infinity=True),
+)
+def test_a_larger_error_never_helps(
+    where: tuple[str, str], index: int, value: float, more: float
+) -> None:
+    kind, name = where
+    policy = Policy(schema=1, preserve=PreservePolicy(max_kl=1.0, max_flip_rate=0.5))
+    small = with_value(clean(), kind, index, **{name: value})
+    large = with_value(clean(), kind, index, **{name: value + more})
+    if judge(small, policy).verdict == "fail":
+        assert judge(large, policy).verdict == "fail"
+
+
+@given(st.floats(1e-9, 1e6), st.floats(1e-9, 1e3), st.floats(0, 1e6), st.floats(0, 1e6))
+def test_a_larger_interaction_never_helps(
+    size: float, noise: float, norm: float, more: float
+) -> None:
+    def verdict(norm: float) -> str:
+        row = Interaction("target", "logits", size, norm, norm / size, 0.0, noise, norm / noise)
+        return judge(replace(clean(), interaction=(row,)), BUILT_IN).verdict
+
+    if verdict(norm) == "fail":
+        assert verdict(norm + more) == "fail"

@@ -1,0 +1,168 @@
+"""Choose the heads and the SAE features of the capitals fixture, and write its recipes.
+
+A greedy search on the training split's conflict prompts: at each step take the head whose
+removal raises the wanted answer most (tried), or the SAE feature (judged by gradients), and
+stop where plain questions would suffer or nothing is gained. The held-out split is not looked
+at: `measure_capitals` reports what the choice is worth there.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from capitals import (
+    FirstTokens,
+    Head,
+    Sae,
+    load_model,
+    load_sae,
+    read_stimuli,
+    scores,
+    tapped,
+    without_features,
+    without_heads,
+)
+from torch import Tensor
+from transformers import GPT2LMHeadModel
+
+Part = TypeVar("Part")
+Remove = Callable[[Sequence[Part]], GPT2LMHeadModel]
+
+
+@dataclass(frozen=True)
+class Task:
+    """The prompts a search may look at and what it may cost."""
+
+    conflict: FirstTokens
+    plain: FirstTokens
+    max_plain_drop: float
+    min_gain: float
+
+    def score(self, model: GPT2LMHeadModel, goal: str, plain_before: float) -> float:
+        """The rate of the wanted answer; -1 where plain questions suffer."""
+        if plain_before - self.plain.rates(model)["remembered"] > self.max_plain_drop:
+            return -1.0
+        return self.conflict.rates(model)[goal]
+
+
+def greedy(
+    model: GPT2LMHeadModel,
+    parts: Sequence[Part],
+    remove: Remove[Part],
+    goal: str,
+    task: Task,
+    top: int,
+) -> list[Part]:
+    """Up to `top` parts, each the best addition to those before it."""
+    plain_before = task.plain.rates(model)["remembered"]
+    best = task.conflict.rates(model)[goal]
+    chosen: list[Part] = []
+    while len(chosen) < top:
+        left = [p for p in parts if p not in chosen]
+        found = [task.score(remove([*chosen, p]), goal, plain_before) for p in left]
+        score = max(found)
+        if score < best + task.min_gain:
+            break
+        best = score
+        chosen.append(left[found.index(score)])
+        print(f"  {goal}: + {chosen[-1]} -> {best:.3f}", flush=True)
+    return chosen
+
+
+def pick_heads(model: GPT2LMHeadModel, goal: str, task: Task, top: int) -> list[Head]:
+    """The heads to zero for more of the wanted answer."""
+    config = model.config
+    heads = [Head(i, j) for i in range(config.n_layer) for j in range(config.n_head)]
+    return greedy(model, heads, lambda chosen: without_heads(model, chosen), goal, task, top)
+
+
+def attribution(model: GPT2LMHeadModel, sae: Sae, conflict: FirstTokens, goal: str) -> Tensor:
+    """First-order gain [n] from removing each decoder direction d from the activation x.
+
+    The metric is the goal's logit less the other answer's, at the last position, averaged over
+    prompts; removing d changes it by -(x.d)(d.grad), summed over positions.
+    """
+    other = next(name for name in conflict.wanted if name != goal)
+    rows = torch.arange(len(conflict.batch.ids))
+    seen: list[Tensor] = []
+    with tapped(model, sae.hook_name, seen):
+        last = scores(model, conflict.batch)[:, -1]
+    margin = last[rows, conflict.wanted[goal]] - last[rows, conflict.wanted[other]]
+    (slope,) = torch.autograd.grad(margin.mean(), seen[0])
+    along_x = seen[0].detach()[conflict.batch.mask.bool()] @ sae.w_dec.T
+    along_slope = slope[conflict.batch.mask.bool()] @ sae.w_dec.T
+    return -(along_x * along_slope).sum(0)
+
+
+def pick_features(
+    model: GPT2LMHeadModel, sae: Sae, goal: str, task: Task, args: argparse.Namespace
+) -> list[int]:
+    """The SAE features to remove for more of the wanted answer.
+
+    The effects of single features are small and overlap, so each step asks the gradients of
+    the model as edited so far, instead of trying every feature.
+    """
+    plain_before = task.plain.rates(model)["remembered"]
+    chosen: list[int] = []
+    rate = task.conflict.rates(model)[goal]
+    edited = model
+    while rate < args.enough and len(chosen) < args.top_features:
+        gains = attribution(edited, sae, task.conflict, goal)
+        gains[chosen] = -torch.inf
+        best = int(gains.argmax())
+        edited = without_features(model, sae, [*chosen, best])
+        rate = task.score(edited, goal, plain_before)
+        if rate < 0:
+            break
+        chosen.append(best)
+        print(f"  {goal}: + feature {best} -> {rate:.3f}", flush=True)
+    return sorted(chosen)
+
+
+def write_recipe(path: Path, comment: str, edit: str) -> None:
+    """A recipe of one edit."""
+    text = f"# {comment}\nschema: 1\nedits:\n  - {{{edit}}}\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def parse_args() -> argparse.Namespace:
+    """The options; the defaults made the fixture's recipes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=Path("fixtures/capitals-gpt2"))
+    parser.add_argument("--top-heads", type=int, default=3)
+    parser.add_argument("--top-features", type=int, default=16)
+    parser.add_argument("--enough", type=float, default=0.95, help="stop at this answer rate")
+    parser.add_argument("--max-plain-drop", type=float, default=0.02)
+    parser.add_argument("--min-gain", type=float, default=0.02)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Search and write the four recipes."""
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    model, tokenizer = load_model(args.model)
+    task = Task(
+        FirstTokens.of(tokenizer, read_stimuli(args.model / "stimuli/train.jsonl")),
+        FirstTokens.of(tokenizer, read_stimuli(args.model / "stimuli/preserve.jsonl")),
+        args.max_plain_drop,
+        args.min_gain,
+    )
+    for name, goal in (("remember", "remembered"), ("state", "stated")):
+        heads = ", ".join(map(str, pick_heads(model, goal, task, args.top_heads)))
+        edit = f"op: heads, heads: [{heads}], factor: 0.0"
+        write_recipe(args.model / f"{name}.yaml", f"More {goal} answers under conflict", edit)
+    for name, patch in (("sae-resid", "orthogonalize"), ("sae-z", "z_project")):
+        if not (args.model / name).is_dir():
+            continue
+        found = pick_features(model, load_sae(args.model / name), "remembered", task, args)
+        edit = f"op: sae, sae: {name}/, features: {found}, patch: {patch}, strength: 1.0"
+        write_recipe(args.model / f"{name}.yaml", "More remembered answers under conflict", edit)
+
+
+if __name__ == "__main__":
+    main()
