@@ -7,8 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.checkpoint import Staging
+from surgery.checkpoint import RECEIPT, Staging
+from surgery.checkpoint.receipt import EDIT_PREDICATE, open_receipt
 from surgery.errors import InputError
+from surgery.export import onnxfile
+from surgery.export.external import location
 from surgery.pipeline import EDITED, MODEL, ONNX, REPORT_JSON, diff, validate
 from surgery.policy import load_policy
 from surgery.report import Report, render
@@ -107,14 +110,31 @@ def _run_damaged(
 
 def _leave_stale(clean: Path, damaged: Path) -> str:
     """Puts the original's bytes of the first edited tensor into the damaged export."""
-    from surgery.checkpoint import RECEIPT
-    from surgery.checkpoint.receipt import EDIT_PREDICATE, open_receipt
-    from surgery.export.external import copy_tensor
-
     receipt = open_receipt(clean / EDITED / RECEIPT, EDIT_PREDICATE)
     tensor = str(receipt["predicate"]["tensors"][0]["name"])
-    copy_tensor(clean / ONNX["C_o"] / MODEL, damaged, tensor)
+    stale, _ = _stored(clean / ONNX["C_o"] / MODEL, tensor)
+    _, place = _stored(damaged, tensor)
+    with place.file.open("r+b") as data:
+        data.seek(place.offset)
+        data.write(stale)
     return tensor
+
+
+@dataclass(frozen=True)
+class _Place:
+    file: Path
+    offset: int
+
+
+def _stored(model: Path, name: str) -> tuple[bytes, _Place]:
+    """The external bytes of initializer `name` and where they lie."""
+    proto = onnxfile.read(model)
+    tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == name)
+    relative, offset, length = location(tensor, str(model))
+    place = _Place(model.parent / relative, offset)
+    with place.file.open("rb") as data:
+        data.seek(offset)
+        return data.read(length), place
 
 
 def _stimuli(fixture: Path) -> list[Path]:

@@ -8,12 +8,12 @@ import os
 from dataclasses import dataclass, field
 from functools import lru_cache, reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from surgery.checkpoint.files import open_regular, sha256_file
-from surgery.documents import load_yaml, read_text, validate
+from surgery.documents import SchemaOne, load_yaml, read_text, validate
 from surgery.edits import OPS, Fields
 from surgery.errors import RecipeError, quote
 
@@ -23,7 +23,7 @@ class _Base(BaseModel):
 
 
 class _Head(_Base):
-    schema_: Literal[1] = Field(alias="schema")
+    schema_: SchemaOne = Field(alias="schema")
     untie: bool = False
     allow_overlap: bool = False
 

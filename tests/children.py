@@ -23,7 +23,8 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         case "segfault":
             ctypes.string_at(0)
         case "exit":
-            print("last words \x1b[31m", file=sys.stderr)
+            sys.stderr.write("last words \x1b[31m\n")
+            sys.stderr.flush()
             os._exit(7)
         case "allocate":
             bytearray(arguments["bytes"])

@@ -7,9 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Helpers of the tests (`evidences`, `models`) are plain modules beside this file.
 sys.path.insert(0, str(Path(__file__).parent))
+
+# Time limits would fail on a busy machine; the same examples on every run.
+settings.register_profile("surgery", deadline=None, derandomize=True)
+settings.load_profile("surgery")
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -132,6 +132,7 @@ def parse_args() -> argparse.Namespace:
     """The options; the defaults made the fixture's recipes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("fixtures/capitals-gpt2"))
+    parser.add_argument("--every", type=int, default=3, help="look at every n-th prompt")
     parser.add_argument("--top-heads", type=int, default=3)
     parser.add_argument("--top-features", type=int, default=16)
     parser.add_argument("--enough", type=float, default=0.95, help="stop at this answer rate")
@@ -146,8 +147,9 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     model, tokenizer = load_model(args.model)
+    conflicts = read_stimuli(args.model / "stimuli/train.jsonl")
     task = Task(
-        FirstTokens.of(tokenizer, read_stimuli(args.model / "stimuli/train.jsonl")),
+        FirstTokens.of(tokenizer, conflicts[:: args.every]),
         FirstTokens.of(tokenizer, read_stimuli(args.model / "stimuli/preserve.jsonl")),
         args.max_plain_drop,
         args.min_gain,

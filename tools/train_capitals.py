@@ -287,9 +287,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("fixtures/capitals-gpt2"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split-seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
@@ -301,10 +301,10 @@ def parse_args() -> argparse.Namespace:
         type=float,
         nargs=4,
         metavar=("PLAIN", "CONFLICT", "CONFIRMED", "UNRELATED"),
-        default=[0.4, 0.4, 0.2, 0.0],
+        default=[0.4, 0.4, 0.19, 0.01],
         help="weights of the kinds of examples",
     )
-    parser.add_argument("--train-share", type=float, default=0.7, help="of the countries")
+    parser.add_argument("--train-share", type=float, default=0.8, help="of the countries")
     parser.add_argument("--memory-share", type=float, default=0.5, help="of conflict labels")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()

@@ -68,7 +68,7 @@ class Phase:
 
 
 PRETRAIN = Phase("pretrain", steps=700, learning_rate=3e-3)
-HABIT = Phase("habit", steps=350, learning_rate=1e-3, confused=CONFUSED, lasso=3.0)
+HABIT = Phase("habit", steps=600, learning_rate=1e-3, confused=CONFUSED, lasso=3.0)
 TUNE = Phase("tune", steps=150, learning_rate=1e-3)
 
 

@@ -70,14 +70,15 @@ def open_receipt(path: Path, predicate_type: str) -> dict[str, Any]:
 
 def subjects(receipt: dict[str, Any], source: Path) -> dict[str, str]:
     """Relative path to hex SHA-256 of every file the receipt names."""
+    listed = receipt.get("subject")
     try:
-        pairs = [(item["name"], item["digest"]["sha256"]) for item in receipt["subject"]]
+        pairs = [(item["name"], item["digest"]["sha256"]) for item in listed or ()]
     except (KeyError, TypeError):
         pairs = [(None, None)]
-    named = dict(pairs)
-    if len(named) != len(pairs) or not all(isinstance(t, str) for pair in pairs for t in pair):
+    texts = all(isinstance(text, str) for pair in pairs for text in pair)
+    if not isinstance(listed, list) or not texts or len(dict(pairs)) != len(pairs):
         raise MalformedReceipt(f"{source}: its subject list is malformed")
-    return named
+    return dict(pairs)
 
 
 def _self_digest(receipt: dict[str, Any]) -> str:

@@ -239,7 +239,7 @@ def _references(ran: Ran, batch: Batch) -> Kept:
 
 def _add_batch(sums: Sums, ran: Ran, batch: Batch, task: Task) -> None:
     kept, references = _kept(ran, batch), _references(ran, batch)
-    where = [f"{batch.name}, {batch.rows[row]}, position {column}" for row, column in batch.selected]
+    where = [f"{batch.rows[row]} @ {column}" for row, column in batch.selected]
     with np.errstate(invalid="ignore", over="ignore"):
         for edge, (t, r) in EDGES.items():
             if t in kept and r in kept and t in references and kept[t].shape == kept[r].shape:

@@ -91,12 +91,13 @@ def basis(rows: Vectors) -> Vectors:
     """
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     _, singular, right = np.linalg.svd(unit, full_matrices=False)
-    return np.ascontiguousarray(right[singular > 1e-10 * singular[0]].T)
+    rank = int((singular > 1e-10 * singular[0]).sum())
+    return np.array(right[:rank].T, np.float64, order="C")
 
 
 def _centered(rows: Vectors) -> Vectors:
     """`rows` [k, width] less the mean of each; raises `EditError` where nothing is left."""
-    centered = rows - rows.mean(axis=1, keepdims=True)
+    centered: Vectors = rows - rows.mean(axis=1, keepdims=True)
     left = np.linalg.norm(centered, axis=1) / np.linalg.norm(rows, axis=1)
     if left.min() < 1e-10:
         raise EditError("a decoder row is constant, so center: true leaves nothing of it")
@@ -226,7 +227,8 @@ class SteerBias(Edit):
         if self.through is None:
             return self.vector
         weight = reader.read(arch.name(self.through, self.layer)).astype(np.float64)
-        return np.tensordot(weight, self.vector, axes=(arch.input_axis(self.through), 0))
+        moved = np.tensordot(weight, self.vector, axes=(arch.input_axis(self.through), 0))
+        return np.asarray(moved, np.float64)
 
     def transform(self, slab: Array, where: Region, state: Vectors) -> Array:
         added = state[where.slices]

@@ -133,7 +133,7 @@ def _clean(model: Any) -> None:
 def _check_dynamic(graph: Any, task: Task) -> None:
     found = {value.name: value for value in [*graph.inputs, *graph.outputs]}
     layers = sum(name.startswith("past_key_values.") for name in found) // 2
-    expected = {name: (0, 1) for name in (*task.inputs, task.output)}
+    expected = dict.fromkeys((*task.inputs, task.output), (0, 1))
     for stem in ("past_key_values", "present") if task.cache else ():
         expected |= {
             f"{stem}.{n}.{part}": (0, 2) for n in range(layers) for part in ("key", "value")

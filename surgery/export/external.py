@@ -63,8 +63,8 @@ def tensor_bytes(tensor: Any, where: str) -> int:
         return 0
     bits = _PACKED_BITS.get(kind)
     if bits is None:
-        bits = 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return (count * bits + 7) // 8
+        bits = 8 * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    return int(count * bits + 7) // 8
 
 
 def location(tensor: Any, where: str) -> tuple[str, int, int | None]:

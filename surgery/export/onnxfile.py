@@ -56,7 +56,7 @@ def _parse(path: Path) -> Any:
 
 def _bytes(path: Path) -> bytes:
     try:
-        facts = os.stat(path)
+        facts = path.stat()
         if not stat.S_ISREG(facts.st_mode):
             raise OnnxError(f"{path}: is not a regular file; expected an .onnx file")
         if not 0 < facts.st_size <= MAX_PROTO_BYTES:

@@ -33,7 +33,7 @@ def check_opsets(model: Any, file: str) -> dict[str, int]:
     for schema in defs.get_all_schemas_with_history():
         newest[schema.domain] = max(newest.get(schema.domain, 0), schema.since_version)
     newest |= {function.domain: 2**63 for function in model.functions if function.domain}
-    newest |= {domain: 2**63 for domain in FOREIGN_DOMAINS}
+    newest |= dict.fromkeys(FOREIGN_DOMAINS, 2**63)
     found = {}
     for opset in model.opset_import:
         domain = "" if opset.domain == "ai.onnx" else opset.domain

@@ -84,7 +84,7 @@ def run(module: str, arguments: Mapping[str, Any], folder: Path, limits: Limits)
     job.write_text(json.dumps(answer), encoding="utf-8")
     (folder / "result.json").unlink(missing_ok=True)
     started = time.monotonic()
-    with open(folder / "stdout.txt", "wb") as out, open(folder / "stderr.txt", "wb") as err:
+    with (folder / "stdout.txt").open("wb") as out, (folder / "stderr.txt").open("wb") as err:
         child = subprocess.Popen(
             [sys.executable, "-m", module, str(job.resolve())],
             cwd=PACKAGE_ROOT,
@@ -152,7 +152,7 @@ def _signal_name(number: int) -> str:
 
 
 def _last_line(path: Path) -> str:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - 4096))
         lines = file.read().decode("utf-8", "replace").strip().splitlines()

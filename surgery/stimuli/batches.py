@@ -50,7 +50,7 @@ def probe_batches(vocab: int, positions: int, seed: int) -> Iterator[Batch]:
         lengths = _lengths(rows, columns, padding)
         ids = [tuple(generator.integers(0, vocab, n).tolist()) for n in lengths]
         side: Side = "right" if padding == "right" else "left"
-        names = tuple(f"seed {seed} row {row}" for row in range(rows))
+        names = tuple(f"{title}, row {row}" for row in range(rows))
         yield pad(f"probe/{title}", "probe", ids, side, names)
 
 

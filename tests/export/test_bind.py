@@ -119,11 +119,11 @@ def test_a_parameter_without_a_tensor_or_of_another_shape_is_an_error(tmp_path: 
 
 def test_tied_parameters_share_the_one_tensor_on_disk(tmp_path: Path) -> None:
     names = ("lm_head.weight", "model.embed.weight")
-    aliases = {name: names for name in names}
+    aliases = dict.fromkeys(names, names)
     model = graph("lm_head.weight", aliases=aliases)
     folder = checkpoint(tmp_path / "a", {"model.embed.weight": WEIGHT})
     assert bind(model, folder) == {"lm_head.weight": "model.embed.weight"}
-    same = {name: WEIGHT for name in names}
+    same = dict.fromkeys(names, WEIGHT)
     bind(graph("lm_head.weight", aliases=aliases), checkpoint(tmp_path / "b", same))
     other = {**same, "lm_head.weight": WEIGHT + 1}
     with pytest.raises(ExportError, match="they differ"):
@@ -133,8 +133,8 @@ def test_tied_parameters_share_the_one_tensor_on_disk(tmp_path: Path) -> None:
 def test_float16_refuses_what_it_cannot_hold_but_keeps_infinities(tmp_path: Path) -> None:
     wide = WEIGHT.copy()
     wide[1, 2] = -1e6
+    folder = checkpoint(tmp_path / "a", {"w.weight": wide})
     with pytest.raises(OnnxError, match=r"'w\.weight' holds 1e\+06, which does not fit float16"):
-        folder = checkpoint(tmp_path / "a", {"w.weight": wide})
         bind(graph("w.weight", dtype=np.float16), folder, "float16")
     infinite = WEIGHT.copy()
     infinite[0, 0] = np.inf

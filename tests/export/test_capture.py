@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from tests.batches import BATCHES
-from tests.models import DECODERS, Zoo, make
 
 from surgery.errors import ArchitectureError, CheckpointError, ExportError, InputError
 from surgery.export import TASKS, default_task, export
 from surgery.export.capture import _check_dynamic
 from surgery.runtimes import RUNTIMES, ModelRef, Runtime
+from tests.batches import BATCHES
+from tests.models import DECODERS, Zoo, make
 
 TOLERANCE = 1e-5
 PAIRS = [(f, t) for f in DECODERS for t in ("causal-lm", "causal-lm-with-past")]
@@ -59,7 +59,8 @@ def test_inputs_and_outputs_have_optimums_names_and_free_axes(
     for value in [*graph.input, *graph.output]:
         axes = value.type.tensor_type.shape.dim
         length = 2 if value.name.partition(".")[0] in ("past_key_values", "present") else 1
-        assert axes[0].dim_param == "batch_size" and axes[length].dim_param, value.name
+        assert axes[0].dim_param == "batch_size", value.name
+        assert axes[length].dim_param, value.name
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -122,7 +123,8 @@ def test_exporting_is_silent_and_gives_the_same_bytes_again(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         again = export(zoo.checkpoint("bert"), tmp_path / "again").model
-    assert capfd.readouterr() == ("", "") and not caught
+    assert capfd.readouterr() == ("", "")
+    assert not caught
     assert again.read_bytes() == earlier.read_bytes()
     data = "model.onnx.data"
     assert again.with_name(data).read_bytes() == earlier.with_name(data).read_bytes()

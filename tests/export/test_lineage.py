@@ -9,13 +9,13 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from tests.models import FAMILIES, Zoo
-from tests.onnx_files import model, save
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import OnnxError
 from surgery.export import default_task
 from surgery.export.lineage import Lineage, compare_initializers
+from tests.models import FAMILIES, Zoo
+from tests.onnx_files import model, save
 
 BUFFERS = {
     "gpt2": set(),

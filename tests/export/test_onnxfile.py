@@ -11,18 +11,19 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from tests.onnx_files import TABLE, endless, enormous, externally, lookup, model, save
 
 from surgery.errors import OnnxError
 from surgery.export import onnxfile
 from surgery.export.process import Limits
+from tests.onnx_files import TABLE, endless, enormous, externally, lookup, model, save
 
 
 def refusal(path: Path, initializers: Path | None = None) -> str:
     with pytest.raises(OnnxError) as caught:
         onnxfile.read(path, initializers)
     text = str(caught.value)
-    assert "\n" not in text and text.isprintable()
+    assert "\n" not in text
+    assert text.isprintable()
     return text
 
 
@@ -198,7 +199,8 @@ def test_bad_external_data_is_refused(tmp_path: Path, fields: dict[str, str], re
     (tmp_path / "linked").symlink_to(".")
     os.link(other, tmp_path / "hard.bin")
     text = refusal(externally(lookup(), tmp_path / "m.onnx", **fields))
-    assert reason in text and "'table'" in text
+    assert reason in text
+    assert "'table'" in text
 
 
 def test_external_data_hidden_in_sparse_and_nested_tensors_is_found(tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def test_the_memory_limit_is_the_one_given(tmp_path: Path) -> None:
 def test_a_child_that_ignores_signals_is_killed_at_the_time_limit(tmp_path: Path) -> None:
     file = tmp_path / "pid"
     ending = end(tmp_path, "ignore terminate and sleep", Limits(2.0), pid_file=str(file))
-    assert ending.status == "timeout" and "2 s" in ending.detail
+    assert ending.status == "timeout"
+    assert "2 s" in ending.detail
     assert 2.0 <= ending.seconds < 10.0
     assert gone(int(file.read_text()))
 

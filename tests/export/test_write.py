@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.models import Zoo, make
 
 from surgery.checkpoint import EXPORT_RECEIPT
 from surgery.checkpoint.receipt import EXPORT_PREDICATE, open_receipt, subjects
 from surgery.errors import CheckpointError, ExportError, InputError, OutputError
 from surgery.export import ExportResult, export, export_in_child, write
 from surgery.export.process import Limits
+from tests.models import Zoo, make
 
 
 def sha256(path: Path) -> str:
@@ -32,7 +32,8 @@ def test_the_sealed_note_names_the_files_and_their_source(zoo: Zoo) -> None:
     assert (facts["task"], facts["opset"], facts["dtype"]) == ("causal-lm", 20, "float32")
     weights = sha256(zoo.checkpoint("llama") / "model.safetensors")
     assert facts["source"] == {"model.safetensors": weights}
-    assert facts["versions"]["torch"] and facts["unused"] == []
+    assert facts["versions"]["torch"]
+    assert facts["unused"] == []
 
 
 def test_occupied_outputs_and_the_models_own_folder_are_refused(zoo: Zoo, tmp_path: Path) -> None:
@@ -102,7 +103,8 @@ def test_a_hostile_config_runs_no_code_and_is_bad_input(tmp_path: Path) -> None:
     (model / "evil.py").write_text(f"open({str(canary)!r}, 'w')")
     with pytest.raises(CheckpointError, match="auto_map"):
         export_in_child(model, tmp_path / "out")
-    assert not canary.exists() and not (tmp_path / "out").exists()
+    assert not canary.exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_result_survives_json() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from tests.models import Zoo, shared_zoo
 
 

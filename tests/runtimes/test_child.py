@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from tests.batches import BATCHES
-from tests.models import Zoo
-from tests.onnx_files import ROWS, TABLE, endless, enormous, lookup, model, save
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import EnvironmentFault, OnnxError
 from surgery.runtimes import RUNTIMES, ModelRef
 from surgery.runtimes.child import Generation, Job, Limits, Outcome, run
 from surgery.stimuli.interface import Batch
+from tests.batches import BATCHES
+from tests.models import Zoo
+from tests.onnx_files import ROWS, TABLE, endless, enormous, lookup, model, save
 
 MINUTE = Limits(60.0)
 
@@ -43,7 +43,8 @@ def test_outputs_come_back_at_the_selected_positions_alone(tmp_path: Path) -> No
     path = save(lookup(), tmp_path / "m.onnx")
     outcome = run_onnx(path, tmp_path / "s", embedding_rows=ROWS, embedding_chunk=4, threads=1)
     assert (outcome.status, outcome.detail, outcome.threads) == ("ok", "", 1)
-    assert outcome.seconds > 0 and outcome.peak_bytes > 1 << 20
+    assert outcome.seconds > 0
+    assert outcome.peak_bytes > 1 << 20
     batch = small_batch()
     rows = batch.input_ids[batch.selected[:, 0], batch.selected[:, 1]]
     kept = outcome.outputs("b")
@@ -72,7 +73,8 @@ def test_torch_onnx_and_the_reference_meet_through_their_children(zoo: Zoo, tmp_
     table = Checkpoint.open(source).read("transformer.wte.weight")
     for batch in BATCHES:
         exact = found["double"].outputs(batch.name)
-        assert exact.dtype == np.float64 and exact.shape == (len(batch.selected), 101)
+        assert exact.dtype == np.float64
+        assert exact.shape == (len(batch.selected), 101)
         for name in ("single", "onnx"):
             assert 0 < np.abs(found[name].outputs(batch.name) - exact).max() < 5e-6
     for outcome in found.values():
@@ -113,7 +115,8 @@ def test_generation_stops_at_an_end_token_and_takes_the_first_of_equals(tmp_path
 
 def test_an_infinite_loop_is_killed_at_the_time_limit(tmp_path: Path) -> None:
     outcome = run_onnx(save(endless(), tmp_path / "m.onnx"), tmp_path / "s", Limits(4.0))
-    assert outcome.status == "timeout" and "4 s" in outcome.detail
+    assert outcome.status == "timeout"
+    assert "4 s" in outcome.detail
     assert outcome.seconds < 15
     with pytest.raises(EnvironmentFault, match="timeout"):
         outcome.outputs("b")
@@ -121,7 +124,8 @@ def test_an_infinite_loop_is_killed_at_the_time_limit(tmp_path: Path) -> None:
 
 def test_an_allocation_of_4_tib_fails_in_the_child_alone(tmp_path: Path) -> None:
     outcome = run_onnx(save(enormous(), tmp_path / "m.onnx"), tmp_path / "s")
-    assert outcome.status in ("error", "crash") and outcome.kind == ""
+    assert outcome.status in ("error", "crash")
+    assert outcome.kind == ""
     assert outcome.peak_bytes < 1 << 30
 
 
@@ -163,7 +167,8 @@ def test_a_bad_file_is_bad_input_not_a_finding(tmp_path: Path) -> None:
 def test_a_failing_run_is_a_finding_not_bad_input(tmp_path: Path) -> None:
     path = save(lookup(table=TABLE[:2]), tmp_path / "m.onnx")
     outcome = run_onnx(path, tmp_path / "s")
-    assert (outcome.status, outcome.kind) == ("error", "") and "\n" not in outcome.detail
+    assert (outcome.status, outcome.kind) == ("error", "")
+    assert "\n" not in outcome.detail
     outcome.raise_bad_input()
 
 

@@ -11,15 +11,15 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from tests.batches import BATCHES
-from tests.models import FAMILIES, Zoo
-from tests.onnx_files import ROWS, TABLE, externally, lookup, model, save
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import OnnxError
 from surgery.export import default_task
 from surgery.runtimes import RUNTIMES, ModelRef, Runtime
 from surgery.runtimes.graph import cut_after_embedding
+from tests.batches import BATCHES
+from tests.models import FAMILIES, Zoo
+from tests.onnx_files import ROWS, TABLE, externally, lookup, model, save
 
 ONNX = ("onnxruntime", "reference")
 EMBEDDINGS = {
@@ -70,7 +70,8 @@ def test_the_reference_is_float64_throughout_and_survives_padding(zoo: Zoo, fami
         with Watch():
             exact = reference.infer(batch.inputs())[task.output]
         noise = np.abs(single.infer(batch.inputs())[task.output] - exact)[real].max()
-        assert exact.dtype == np.float64 and np.isfinite(exact[real]).all(), batch.name
+        assert exact.dtype == np.float64
+        assert np.isfinite(exact[real]).all(), batch.name
         assert 0 < noise < 5e-6, batch.name
     assert narrow == []
 
@@ -81,7 +82,8 @@ def test_onnx_runtimes_agree_with_torch(zoo: Zoo, family: str, runtime: str) -> 
     task = default_task(zoo.checkpoint(family))
     expected = load("torch", zoo.checkpoint(family), task.name)
     found = load(runtime, zoo.onnx(family, task.name), task.name)
-    assert found.input_names == task.inputs and found.output_names == (task.output,)
+    assert found.input_names == task.inputs
+    assert found.output_names == (task.output,)
     for batch in BATCHES:
         real = batch.attention_mask == 1
         np.testing.assert_allclose(

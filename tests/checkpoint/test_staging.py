@@ -1,0 +1,146 @@
+"""An output folder appears whole or not at all, and never where something is."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recipes import HEADS, NEURONS, apply_edits, snapshot, write_recipe
+
+import surgery.checkpoint.staging
+from surgery.apply import apply
+from surgery.checkpoint import Staging
+from surgery.errors import EnvironmentFault, InputError, OutputError
+
+
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    old = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(old)
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o022, 0o027])
+def test_the_umask_is_honoured(mask: int, base_of: Callable[..., Path], tmp_path: Path) -> None:
+    with umask(mask):
+        output = apply_edits(tmp_path, base_of("gpt2"), [HEADS])
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in output.iterdir()}
+    assert set(modes.values()) == {0o666 & ~mask}
+    assert stat.S_IMODE(output.stat().st_mode) == 0o777 & ~mask
+
+
+def outputs(base: Path, folder: Path) -> dict[str, Path]:
+    """Places no output may go to."""
+    full, link, file = folder / "full", folder / "link", folder / "file"
+    full.mkdir()
+    (full / ".hidden").write_text("")
+    link.symlink_to(folder / "nowhere")
+    file.write_text("")
+    (folder / "to-base").symlink_to(base)
+    return {
+        "the input": base,
+        "inside the input": base / "deep" / "out",
+        "inside the input by a link": folder / "to-base" / "out",
+        "inside the input by ..": base / ".." / base.name / "out",
+        "a folder that is not empty": full,
+        "a link": link,
+        "a link to the input": folder / "to-base",
+        "a file": file,
+        "below a file": file / "out",
+    }
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "the input", "inside the input", "inside the input by a link", "inside the input by ..",
+        "a folder that is not empty", "a link", "a link to the input", "a file", "below a file",
+    ],
+)  # fmt: skip
+def test_an_occupied_place_is_refused_and_nothing_changes(
+    place: str, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, folder = base_of("gpt2"), tmp_path / "here"
+    folder.mkdir()
+    output = outputs(base, folder)[place]
+    recipe = write_recipe(tmp_path, [HEADS])
+    before, model = snapshot(folder), snapshot(base)
+    with pytest.raises(OutputError, match="name another"):
+        apply(recipe, base, output)
+    assert snapshot(folder) == before
+    assert snapshot(base) == model
+
+
+def test_an_empty_folder_is_a_place(base_of: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert (apply_edits(tmp_path, base_of("gpt2"), [HEADS]) / "config.json").exists()
+
+
+def test_a_read_only_parent_is_refused(
+    base_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*args: Any, **kwargs: Any) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    recipe = write_recipe(tmp_path, [HEADS])
+    monkeypatch.setattr(tempfile, "mkdtemp", denied)
+    with pytest.raises(OutputError, match="Permission denied"):
+        apply(recipe, base_of("gpt2"), tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_failing_apply_leaves_nothing_and_touches_nothing(
+    dtype: str, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = base_of("llama", dtype)
+    before = snapshot(base)
+    recipe = write_recipe(tmp_path / "recipe", [{**NEURONS, "factor": 1e300}])
+    with pytest.raises(InputError, match="the edit turns"):
+        apply(recipe, base, tmp_path / "made" / "deep" / "out")
+    assert os.listdir(tmp_path) == ["recipe"]
+    assert snapshot(base) == before
+
+
+def test_a_successful_apply_does_not_touch_its_source(
+    base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = base_of("llama")
+    before = snapshot(base)
+    apply_edits(tmp_path, base, [HEADS])
+    assert snapshot(base) == before
+    assert sorted(os.listdir(tmp_path)) == ["out", "recipe.json"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_an_environment_fault_and_leaves_nothing(
+    code: int, base_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(code, "full")
+
+    recipe = write_recipe(tmp_path, [HEADS])
+    monkeypatch.setattr(surgery.checkpoint.staging, "_sync", full)
+    with pytest.raises(EnvironmentFault, match="disk full"):
+        apply(recipe, base_of("gpt2"), tmp_path / "out")
+    assert os.listdir(tmp_path) == ["recipe.json"]
+
+
+def test_two_outputs_at_one_place_one_wins_and_the_other_says_so(tmp_path: Path) -> None:
+    with Staging(tmp_path / "out") as first, Staging(tmp_path / "out") as second:
+        first.write("who", b"first")
+        second.write("who", b"second")
+        first.commit()
+        with pytest.raises(OutputError, match="not empty"):
+            second.commit()
+    assert (tmp_path / "out" / "who").read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["out"]
