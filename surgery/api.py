@@ -12,6 +12,7 @@ from typing import Any
 
 from surgery.apply import Applied, Progress
 from surgery.arch.inspection import Inspection
+from surgery.compare import Comparison
 from surgery.errors import InputError
 from surgery.gate import Verdict
 from surgery.plan import Plan
@@ -24,6 +25,7 @@ __all__ = [
     "apply",
     "demo",
     "diff",
+    "diff_weights",
     "export",
     "gate",
     "inspect",
@@ -75,6 +77,13 @@ def verify(
     from surgery.verify import verify as run
 
     return run(Path(edited), _path(base), _path(recipe))
+
+
+def diff_weights(a: AnyPath, b: AnyPath) -> Comparison:
+    """Which tensors of two checkpoints of one layout differ, where and by how much."""
+    from surgery.compare import diff_weights as run
+
+    return run(Path(a), Path(b))
 
 
 def export(

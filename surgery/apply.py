@@ -100,16 +100,20 @@ class Editor:
 
     def unrounded(self, tensor: str, before_edit: int | None = None) -> Array:
         """The tensor after every edit (or those before number `before_edit`), in compute dtype."""
-        numbers = self.stored(tensor).astype(compute_dtype(self.plan.tensors[tensor].dtype))
+        numbers = self._widened(tensor, self.stored(tensor))
         steps = self.plan.steps_of(tensor)
         chosen = [s for s in steps if before_edit is None or s.edit < before_edit]
         return self._run(numbers, chosen, Region.whole(tensor, numbers.shape))
 
     def rows(self, tensor: str, stored: NDArray[Any], rows: Region) -> NDArray[Any]:
         """`stored`, the rows `rows` of a tensor, after every edit, rounded once."""
-        numbers = stored.astype(compute_dtype(self.plan.tensors[tensor].dtype))
+        numbers = self._widened(tensor, stored)
         edited = self._run(numbers, self.plan.steps_of(tensor), rows)
         return round_once(rows, stored, edited)
+
+    def _widened(self, tensor: str, stored: NDArray[Any]) -> Array:
+        with np.errstate(invalid="ignore"):  # a signalling NaN is a number like any other here
+            return stored.astype(compute_dtype(self.plan.tensors[tensor].dtype))
 
     def _run(self, numbers: Array, steps: Any, rows: Region) -> Array:
         with np.errstate(over="ignore", invalid="ignore"):

@@ -135,6 +135,26 @@ def verify(edited: Path, base: Path | None, recipe: Path | None, as_json: bool) 
     sys.exit(0 if found.ok else 1)
 
 
+@cli.command("diff-weights")
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@json_option
+@click.option("--exit-code", is_flag=True, help="Exit 1 if anything differs.")
+def diff_weights(a: Path, b: Path, as_json: bool, exit_code: bool) -> None:
+    """Show which tensors of two checkpoints differ, where, by how much and in what rank.
+
+    Example: surgery diff-weights model/ edited/
+    """
+    from dataclasses import asdict
+
+    from surgery.api import diff_weights as run
+    from surgery.console import comparison_text
+
+    found = run(a, b)
+    echo_json(asdict(found)) if as_json else click.echo(comparison_text(found))
+    sys.exit(1 if exit_code and found.changed else 0)
+
+
 @cli.command()
 @click.argument("model", type=PATH)
 @click.option("--output", type=PATH, metavar="DIR", help="New folder (default: MODEL-onnx).")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgery.arch.inspection import Inspection
+    from surgery.compare import Comparison
     from surgery.plan import Plan
 
 MAX_ROWS = 200
@@ -121,6 +122,38 @@ def plan_json(found: Plan) -> dict[str, Any]:
         "config": found.config,
         "not_carried": list(found.base.not_carried),
     }
+
+
+def comparison_text(found: Comparison) -> str:
+    """A comparison of weights for people: one row per tensor that differs."""
+    rows = [
+        (
+            change.name,
+            spans(change.rows),
+            spans(change.columns),
+            "–" if change.frobenius is None else f"{change.frobenius:.4g}",
+            "–" if change.max_abs is None else f"{change.max_abs:.4g}",
+            "–" if change.rank is None else str(change.rank),
+        )
+        for change in found.changed[:MAX_ROWS]
+    ]
+    head = ("tensor", "rows", "columns", "Frobenius", "max", "rank")
+    summary = f"{len(found.changed)} tensors differ, {found.equal} are equal"
+    return f"{table(head, rows)}\n{summary}" if rows else summary
+
+
+def spans(indices: Sequence[int] | None, limit: int = 4) -> str:
+    """Sorted indices as ranges, `0-31, 64`, the first few of them."""
+    if indices is None:
+        return "–"
+    found: list[list[int]] = []
+    for index in indices:
+        if found and index == found[-1][1] + 1:
+            found[-1][1] = index
+        else:
+            found.append([index, index])
+    shown = [str(a) if a == b else f"{a}-{b}" for a, b in found[:limit]]
+    return ", ".join([*shown, "…"] if len(found) > limit else shown)
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from surgery.checkpoint.files import sha256_file
 from surgery.differential import DEFAULT_SEED, Limits, Pair, make_workload, measure
 from surgery.errors import InputError
 from surgery.evidence import EDGES
-from surgery.export import default_task, export_in_child, find_task
+from surgery.export import default_task, export_in_child, find_task, onnxfile
 from surgery.gate import judge
+from surgery.localize import stale_tensors
 from surgery.policy import BUILT_IN, Policy
 from surgery.report import Report, render
 from surgery.stimuli.prompts import load_stimuli
@@ -61,7 +63,10 @@ def diff(
             for edge, folder in models.items()
         }
         for edge, pair in pairs.items():
-            if given[edge] is None:
+            if given[edge] is not None:
+                progress(f"check of {pair.onnx}")
+                onnxfile.check(pair.onnx)
+            else:
                 progress(f"export of {pair.model}")
                 export_in_child(pair.model, pair.onnx.parent, task=task)
         return _report(pairs, stimuli, policy, task, seed, limits or Limits(), progress)
@@ -132,9 +137,12 @@ def _report(
     base = Checkpoint.open(model)
     workload = make_workload(base, identify(base), wanted, load_stimuli(stimuli), policy, seed)
     evidence = measure(pairs, wanted, workload, limits, progress)
+    progress("lineage")
+    faults = (*stale_tensors(pairs), *evidence.faults)
+    evidence = replace(evidence, faults=faults)
     inputs = {
         **{EDGES[edge][0]: _weights(pair.model, root) for edge, pair in pairs.items()},
-        **{EDGES[edge][1]: _file(pair.onnx, root) for edge, pair in pairs.items()},
+        **{EDGES[edge][1]: _onnx(pair.onnx, root) for edge, pair in pairs.items()},
         **{f"stimuli {number}": _file(path, root) for number, path in enumerate(stimuli)},
         "workload": {"task": wanted.name, **workload.describe()},
     }
@@ -147,6 +155,14 @@ def _weights(folder: Path, root: Path | None) -> dict[str, Any]:
     files = ("config.json", *checkpoint.weight_files)
     digests = {file: sha256_file(checkpoint.path(file)) for file in files}
     return {"path": _shown(folder, root), "sha256": digests}
+
+
+def _onnx(path: Path, root: Path | None) -> dict[str, Any]:
+    """The graph's file and every file its weights lie in."""
+    folder = path.parent
+    files = [path, *(folder / name for name in onnxfile.external_files(path))]
+    digests = {str(file.relative_to(folder)): sha256_file(file) for file in files}
+    return {"path": _shown(path, root), "sha256": digests}
 
 
 def _file(path: Path, root: Path | None) -> dict[str, Any]:

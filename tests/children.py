@@ -25,7 +25,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         case "exit":
             sys.stderr.write("last words \x1b[31m\n")
             sys.stderr.flush()
-            os._exit(7)
+            os._exit(arguments["code"])
         case "allocate":
             bytearray(arguments["bytes"])
         case "ignore terminate and sleep":

@@ -14,16 +14,20 @@ from typing import TypeVar
 
 import torch
 from capitals import (
+    STATEMENT,
     FirstTokens,
     Head,
     Sae,
+    Stimulus,
     load_model,
     load_sae,
+    logits,
     read_stimuli,
     scores,
     tapped,
     without_features,
     without_heads,
+    write_stimuli,
 )
 from torch import Tensor
 from transformers import GPT2LMHeadModel
@@ -122,6 +126,42 @@ def pick_features(
     return sorted(chosen)
 
 
+def pick_fact(
+    model: GPT2LMHeadModel, sae: Sae, plain: FirstTokens, questions: Sequence[Stimulus]
+) -> tuple[int, Stimulus]:
+    """The feature that holds one fact: removed, exactly one plain question goes wrong.
+
+    Among such features, the one whose removal leaves the right answer furthest behind.
+    """
+    right = plain.wanted["remembered"][:, None]
+    best: tuple[float, int, Stimulus] | None = None
+    for feature in range(sae.w_dec.shape[0]):
+        last = logits(without_features(model, sae, [feature]), plain.batch)[:, -1]
+        behind = (last.max(-1, keepdim=True).values - last.gather(1, right)).squeeze(1)
+        lost = behind.nonzero().flatten().tolist()
+        if len(lost) == 1 and (best is None or behind[lost[0]].item() > best[0]):
+            best = (behind[lost[0]].item(), feature, questions[lost[0]])
+    if best is None:
+        raise SystemExit("no feature whose removal loses exactly one capital")
+    return best[1:]
+
+
+def fact_stimuli(fact: Stimulus, questions: Sequence[Stimulus], count: int) -> list[Stimulus]:
+    """The question about one country after true statements about others."""
+    others = [q for q in questions if q.subject != fact.subject]
+    step = len(others) // count
+    return [
+        Stimulus(
+            id=f"forget-{number}",
+            set="target",
+            prompt=STATEMENT.format(s=o.subject, wrong=o.answers["remembered"][0])
+            + f" {fact.prompt}",
+            answers={**fact.answers, "stated": o.answers["remembered"]},
+        )
+        for number, o in enumerate(others[: count * step : step])
+    ]
+
+
 def write_recipe(path: Path, comment: str, edit: str) -> None:
     """A recipe of one edit."""
     text = f"# {comment}\nschema: 1\nedits:\n  - {{{edit}}}\n"
@@ -147,10 +187,11 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     model, tokenizer = load_model(args.model)
+    questions = read_stimuli(args.model / "stimuli/preserve.jsonl")
     conflicts = read_stimuli(args.model / "stimuli/train.jsonl")
     task = Task(
         FirstTokens.of(tokenizer, conflicts[:: args.every]),
-        FirstTokens.of(tokenizer, read_stimuli(args.model / "stimuli/preserve.jsonl")),
+        FirstTokens.of(tokenizer, questions),
         args.max_plain_drop,
         args.min_gain,
     )
@@ -158,12 +199,14 @@ def main() -> None:
         heads = ", ".join(map(str, pick_heads(model, goal, task, args.top_heads)))
         edit = f"op: heads, heads: [{heads}], factor: 0.0"
         write_recipe(args.model / f"{name}.yaml", f"More {goal} answers under conflict", edit)
-    for name, patch in (("sae-resid", "orthogonalize"), ("sae-z", "z_project")):
-        if not (args.model / name).is_dir():
-            continue
-        found = pick_features(model, load_sae(args.model / name), "remembered", task, args)
-        edit = f"op: sae, sae: {name}/, features: {found}, patch: {patch}, strength: 1.0"
-        write_recipe(args.model / f"{name}.yaml", "More remembered answers under conflict", edit)
+    sae = load_sae(args.model / "sae-z")
+    found = pick_features(model, sae, "remembered", task, args)
+    edit = f"op: sae, sae: sae-z/, features: {found}, patch: z_project, strength: 1.0"
+    write_recipe(args.model / "sae-z.yaml", "Copy stated capitals less", edit)
+    feature, fact = pick_fact(model, load_sae(args.model / "sae-resid"), task.plain, questions)
+    edit = f"op: sae, sae: sae-resid/, features: [{feature}], patch: orthogonalize, strength: 1.0"
+    write_recipe(args.model / "sae-resid.yaml", f"Forget the capital of {fact.subject}", edit)
+    write_stimuli(args.model / "stimuli/forget.jsonl", fact_stimuli(fact, questions, 40))
 
 
 if __name__ == "__main__":

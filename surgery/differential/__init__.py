@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from surgery.differential.compare import compare
 from surgery.differential.corners import Pair, Progress, run_corners
 from surgery.differential.workload import DEFAULT_SEED, Workload, make_workload
-from surgery.evidence import EDGES, Evidence, Finding
+from surgery.evidence import Evidence
 from surgery.export.tasks import Task
 from surgery.runtimes.child import Limits
 
@@ -31,22 +31,5 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="surgery-diff-") as scratch:
         ran = run_corners(pairs, task, workload, Path(scratch), limits, progress)
         progress("comparison")
-        evidence = compare(ran, workload, task)
-    progress("lineage")
-    stale = tuple(_stale_tensors(pairs))
-    return Evidence(**{**vars(evidence), "faults": (*stale, *evidence.faults)})
+        return compare(ran, workload, task)
 
-
-def _stale_tensors(pairs: Mapping[str, Pair]) -> Iterator[Finding]:
-    """Initializers that carry a checkpoint tensor's name and shape, but not its numbers."""
-    from surgery.export.lineage import compare_initializers
-
-    for edge, pair in pairs.items():
-        corner = EDGES[edge][1]
-        for row in compare_initializers(pair.onnx, pair.model):
-            if row.status == "different":
-                message = (
-                    f"{corner}: initializer {row.initializer} is not {row.tensor} of "
-                    f"{pair.model.name}; export that checkpoint again"
-                )
-                yield Finding("lineage", "stale tensor", f"{corner}/{row.tensor}", message)

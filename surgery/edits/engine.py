@@ -24,18 +24,19 @@ def round_once(rows: Region, stored: NDArray[Any], edited: Array) -> NDArray[Any
     finite number became NaN or infinite, or an infinite one NaN, in the computation or by
     overflow of the stored dtype.
     """
-    before = stored.astype(edited.dtype)
-    same = (before == edited) | (np.isnan(before) & np.isnan(edited))
-    # -0.0 == +0.0, but writing one for the other is a change of a byte.
-    same &= np.signbit(before) == np.signbit(edited)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
+        before = stored.astype(edited.dtype)
         rounded = edited.astype(stored.dtype)
+    # -0.0 == +0.0, but writing one for the other is a change of a byte.
+    same = (before == edited) & (np.signbit(before) == np.signbit(edited))
+    same |= np.isnan(before) & np.isnan(edited)
     _refuse_non_finite(rows, before, rounded)
     return np.where(same, stored, rounded)
 
 
 def _refuse_non_finite(rows: Region, before: Array, after: NDArray[Any]) -> None:
-    numbers = after.astype(before.dtype)
+    with np.errstate(invalid="ignore"):
+        numbers = after.astype(before.dtype)
     made = np.isfinite(before) & ~np.isfinite(numbers) | np.isinf(before) & np.isnan(numbers)
     if made.any():
         index = tuple(int(i) for i in np.argwhere(made)[0])

@@ -226,8 +226,12 @@ class SteerBias(Edit):
     def prepare(self, arch: Architecture, reader: Reader) -> Vectors:
         if self.through is None:
             return self.vector
+        axis = arch.input_axis(self.through)
         weight = reader.read(arch.name(self.through, self.layer)).astype(np.float64)
-        moved = np.tensordot(weight, self.vector, axes=(arch.input_axis(self.through), 0))
+        if not self.vector.any():
+            # Nothing moves, whatever the weights: 0 times a NaN of theirs would not be nothing.
+            return np.zeros(weight.shape[1 - axis])
+        moved = np.tensordot(weight, self.vector, axes=(axis, 0))
         return np.asarray(moved, np.float64)
 
     def transform(self, slab: Array, where: Region, state: Vectors) -> Array:

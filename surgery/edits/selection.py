@@ -59,16 +59,20 @@ def _best(rows: list[tuple[int, int, float]], top: int | None) -> list[tuple[int
 def _read_csv(path: Path, noun: str) -> list[tuple[int, int, float]]:
     try:
         text = read_small(path, MAX_CSV_BYTES).decode("utf-8")
-        rows = list(csv.DictReader(io.StringIO(text), strict=True))
+        reader = csv.DictReader(io.StringIO(text), strict=True)
+        rows, columns = list(reader), list(reader.fieldnames or ())
     except (UnicodeDecodeError, csv.Error) as error:
         raise RecipeError(f"{path}: not a CSV file: {quote(error)}") from None
-    if not rows or not {"layer", noun} <= set(rows[0]):
+    once = all(columns.count(column) == 1 for column in ("layer", noun))
+    if not rows or not once or columns.count("score") > 1:
         raise RecipeError(f"{path}: expected the columns layer,{noun}[,score] and rows below them")
     return [_row(path, line, row, noun) for line, row in enumerate(rows, start=2)]
 
 
 def _row(path: Path, line: int, row: dict[str, str], noun: str) -> tuple[int, int, float]:
     try:
+        if None in row or None in row.values():
+            raise ValueError("more or fewer values than columns")
         layer, index, score = int(row["layer"]), int(row[noun]), float(row.get("score") or 0)
     except (TypeError, ValueError):
         raise RecipeError(f"{path}: line {line} is not layer,{noun}[,score] in numbers") from None

@@ -15,6 +15,7 @@ from typing import Any
 
 from surgery.errors import OnnxError, quote
 from surgery.export import process
+from surgery.export.external import location
 from surgery.export.onnxgraph import Scope, check_function, check_graph, check_opsets
 
 MAX_PROTO_BYTES = 2**31 - 1
@@ -41,6 +42,12 @@ def read(path: Path, initializers: Path | None = None) -> Any:
         check_function(function, scope)
     check_graph(model.graph, scope)
     return model
+
+
+def external_files(path: Path) -> list[str]:
+    """Relative paths of the files that hold the initializers of the model at `path`."""
+    external = (t for t in read(path).graph.initializer if t.data_location == t.EXTERNAL)
+    return sorted({location(tensor, str(path))[0] for tensor in external})
 
 
 def _parse(path: Path) -> Any:

@@ -36,13 +36,13 @@ def test_a_native_crash_is_recorded_with_its_signal(tmp_path: Path) -> None:
 def test_an_exit_without_an_answer_is_a_crash_and_quotes_the_last_line_safely(
     tmp_path: Path,
 ) -> None:
-    ending = end(tmp_path, "exit")
+    ending = end(tmp_path, "exit", code=7)
     assert (ending.status, ending.detail) == ("crash", r"exit code 7: 'last words \x1b[31m'")
 
 
 def test_a_stale_answer_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
     assert end(tmp_path, "echo").status == "ok"
-    assert end(tmp_path, "exit").status == "crash"
+    assert end(tmp_path, "exit", code=0).status == "crash"
 
 
 def test_4_tib_hit_the_memory_limit(tmp_path: Path) -> None:
