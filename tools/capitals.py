@@ -305,6 +305,8 @@ def z_projected(model: GPT2LMHeadModel, layer: int, directions: Tensor) -> GPT2L
 
 def without_features(model: GPT2LMHeadModel, sae: Sae, features: Sequence[int]) -> GPT2LMHeadModel:
     """The weight edit that removes SAE features: on z by projection, else by the writers."""
+    if not features:
+        return copy.deepcopy(model)
     directions = sae.w_dec[list(features)]
     if sae.hook_name.endswith("hook_z"):
         return z_projected(model, sae.layer, directions)

@@ -37,10 +37,14 @@ SAES = ("sae-resid", "sae-z")
 
 @dataclass(frozen=True)
 class Behaviour:
-    """Answer rates on conflict and plain prompts, and the drift on plain ones."""
+    """Answer rates on conflict and plain prompts, and the drift on plain ones.
+
+    `forget` is the remembered rate on the prompts about the one country of `sae-resid`.
+    """
 
     remembered: float
     stated: float
+    forget: float
     plain: float
     drift: Drift
 
@@ -74,15 +78,17 @@ class Bench:
         self.folder = folder
         self.model, self.tokenizer = load_model(folder)
         self.target = read_stimuli(folder / f"stimuli/{target}.jsonl")
+        self.forget = read_stimuli(folder / "stimuli/forget.jsonl")
         self.preserve = read_stimuli(folder / "stimuli/preserve.jsonl")
 
     def behaviour(self, edited: GPT2LMHeadModel) -> Behaviour:
         """All figures of one edited model."""
         target = answer_rates(edited, self.tokenizer, self.target)
-        plain = answer_rates(edited, self.tokenizer, self.preserve)
+        forget = answer_rates(edited, self.tokenizer, self.forget)["remembered"]
+        plain = answer_rates(edited, self.tokenizer, self.preserve)["remembered"]
         prompts = [s.prompt for s in self.preserve]
         moved = drift(self.model, edited, self.tokenizer, prompts)
-        return Behaviour(target["remembered"], target["stated"], plain["remembered"], moved)
+        return Behaviour(target["remembered"], target["stated"], forget, plain, moved)
 
     def control(self, edits: Sequence[GPT2LMHeadModel]) -> Control:
         """Mean signed and absolute changes of the answer rates over edited models."""
@@ -160,7 +166,11 @@ def measure(bench: Bench, sets: int, seed: int) -> dict[str, Any]:
         chosen = recipe.random_sets(sets, seed)
         controls[name] = bench.control([recipe.remove(c) for c in chosen])
     return {
-        "prompts": {"target": len(bench.target), "preserve": len(bench.preserve)},
+        "prompts": {
+            "target": len(bench.target),
+            "preserve": len(bench.preserve),
+            "forget": len(bench.forget),
+        },
         "removed": {name: [str(p) for p in r.removed] for name, r in recipes.items()},
         "behaviour": {name: asdict(b) for name, b in behaviours.items()},
         "random": {name: asdict(c) for name, c in controls.items()},
@@ -187,12 +197,12 @@ def behaviour_table(found: dict[str, Any]) -> str:
     rows = []
     for name, b in found["behaviour"].items():
         d = b["drift"]
-        rates = [percent(b[k]) for k in ("remembered", "stated", "plain")]
+        rates = [percent(b[k]) for k in ("remembered", "stated", "forget", "plain")]
         moved = [f"{d['kl_all']:.4f}", f"{d['kl_last']:.4f}"]
         flips = [percent(d["flips_all"]), percent(d["flips_last"])]
         removed = ", ".join(found["removed"].get(name, [])) or "–"
         rows.append([name, removed, *rates, *moved, *flips])
-    head = ["edit", "removed", "remembered", "stated", "plain", "KL all", "KL last"]
+    head = ["edit", "removed", "remembered", "stated", "forget", "plain", "KL all", "KL last"]
     return table([*head, "flips all", "flips last"], rows)
 
 
@@ -227,7 +237,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("fixtures/capitals-gpt2"))
     parser.add_argument("--target", default="target", help="stimuli file of conflict prompts")
-    parser.add_argument("--random-sets", type=int, default=20)
+    parser.add_argument("--random-sets", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
@@ -242,7 +252,11 @@ def main() -> None:
     if args.json:
         print(json.dumps(found, indent=2))
         return
-    print("{target} conflict prompts, {preserve} plain ones\n".format(**found["prompts"]))
+    print(
+        "{target} conflict prompts, {forget} to forget, {preserve} plain ones\n".format(
+            **found["prompts"]
+        )
+    )
     for text in (behaviour_table(found), control_table(found), sae_table(found)):
         print(text + "\n")
     print(f"{found['bytes'] / 1e6:.2f} MB")
