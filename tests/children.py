@@ -1,4 +1,4 @@
-"""A child for the tests of `surgery.export.process`: it dies as it is told."""
+"""A child for the tests of `surgery.process`: it dies as it is told."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import CheckpointError
-from surgery.export import process
+from surgery import process
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,8 @@ head. Chosen are the neurons whose score, summed over the prompts, falls most fr
 tuned sibling. An answer here is wholly in one language, so the confusion point is the prompt's
 end. Unlike the paper's code, no score is cut off at the top 300 of a prompt: there are few neurons.
 
-Only the prompts of ``stimuli/train.jsonl`` are read. How many neurons: the fewest of those
-counts up to ``LIMIT`` whose removal gives the highest line pass rate on those prompts.
+Only the prompts of ``stimuli/train.jsonl`` are read. How many neurons: the fewest, up to ``LIMIT``,
+whose removal comes within ``SLACK`` of the best line pass rate on those prompts.
 
     python tools/find_polyglot_neurons.py
 """
@@ -47,6 +47,8 @@ from surgery.metrics.line_pass_rate import langid_detector, line_languages, line
 
 LIMIT = 0.02
 """The largest share of all MLP neurons that may be removed."""
+SLACK = 0.03
+"""What a smaller edit may cost, as a share of the responses."""
 STEP = 4
 """Between the counts of neurons that are tried."""
 
@@ -140,7 +142,7 @@ def fewest(
     records: Sequence[Record],
     neurons: Neurons,
 ) -> Neurons:
-    """The shortest start of ``neurons`` that does as well as the best one."""
+    """The shortest start of ``neurons`` that comes close to the best one."""
     detect = langid_detector(LANGUAGES)
     rates = {}
     for count in range(STEP, int(LIMIT * len(neurons)) + 1, STEP):
@@ -150,7 +152,8 @@ def fewest(
         accepted = [[language_of(record)] for record in records]
         rates[count] = line_pass_rate(responses, accepted, detect=detect)
         print(f"{count:3d} neurons: LPR {rates[count]:.1%}", file=sys.stderr)
-    return neurons[: max(rates, key=rates.__getitem__)]
+    enough = max(rates.values()) - SLACK
+    return neurons[: min(count for count, rate in rates.items() if rate >= enough)]
 
 
 def recipe_text(neurons: Neurons) -> str:

@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import random
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from surgery.metrics.line_pass_rate import DETECTOR, Detector, langid_detector, line_pass_rate
 
-CONTROLS = 5
+CONTROLS = 20
 """Random sets of neurons, as many as the recipe's, to compare with."""
 
 
@@ -242,7 +243,7 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
     """What the edit gained and what it cost, in words."""
     base, tuned, edited = (figures[name] for name in ("base", "tuned", "edited"))
     gain, whole = edited["lpr"] - base["lpr"], tuned["lpr"] - base["lpr"]
-    controls = figures["lpr_random_neurons"]
+    changes = [rate - base["lpr"] for rate in figures["lpr_random_neurons"]]
     change = figures["preserve_change"]
     share = figures["neurons_zeroed"] / figures["neurons"]
     perplexities = ", ".join(
@@ -254,8 +255,9 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
         f"- perplexity: {perplexities}",
         f"- KL on `preserve.jsonl`: {change['kl']:.4f} nats/token on average",
         f"- top tokens changed on `preserve.jsonl`: {change['flip_rate']:.2%} of positions",
-        f"- LPR without as many random neurons, {len(controls)} draws: "
-        + ", ".join(f"{rate - base['lpr']:+.1f}" for rate in controls),
+        f"- {len(changes)} draws of as many random neurons: LPR changes by "
+        + f"{statistics.mean(changes):+.1f} points on average, {statistics.median(changes):+.1f} "
+        + f"in the median, {min(changes):+.1f} to {max(changes):+.1f}",
         f"- detector: {figures['detector']}",
     ]
 

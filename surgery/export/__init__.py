@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import ExportError, InputError, quote
-from surgery.export import process
-from surgery.export.tasks import FAMILY_TASKS, TASKS, Task, default_task, find_task
+from surgery import process
+from surgery.export.tasks import TASKS, Task, default_task, find_task
 
 __all__ = [
-    "FAMILY_TASKS",
     "LAYOUTS",
     "TASKS",
     "ExportResult",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from surgery.arch import identify
 from surgery.checkpoint import Checkpoint
-from surgery.errors import ArchitectureError, InputError, quote
+from surgery.errors import InputError, quote
 from surgery.registry import suggest
 
 
@@ -37,12 +37,7 @@ TASKS: dict[str, Task] = {
     "encoder": Task("encoder", ("input_ids", "attention_mask"), "last_hidden_state", causal=False),
 }
 
-FAMILY_TASKS: dict[str, str] = {
-    "gpt2": "causal-lm",
-    "llama": "causal-lm",
-    "qwen3": "causal-lm",
-    "bert": "encoder",
-}
+_DEFAULTS = {"decoder": "causal-lm", "encoder": "encoder"}
 
 
 def find_task(name: str) -> Task:
@@ -54,11 +49,4 @@ def find_task(name: str) -> Task:
 
 def default_task(model_dir: Path) -> Task:
     """The task of the checkpoint's family: `causal-lm` for decoders, `encoder` for encoders."""
-    family: Any = Checkpoint.open(model_dir).config.get("model_type")
-    if family not in FAMILY_TASKS:
-        known = ", ".join(sorted(FAMILY_TASKS))
-        raise ArchitectureError(
-            f"{model_dir}/config.json: model_type {quote(family)} cannot be exported; "
-            f"known families: {known}"
-        )
-    return TASKS[FAMILY_TASKS[family]]
+    return TASKS[_DEFAULTS[identify(Checkpoint.open(model_dir)).facts.kind]]

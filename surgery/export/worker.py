@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from surgery.export import process
+from surgery import process
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:

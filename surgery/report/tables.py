@@ -60,7 +60,7 @@ def subline(report: Report) -> str:
     """What the verdict rests on."""
     ran = [name for name in CORNERS if name in report.corners]
     rows = f"{report.covered_rows:,} embedding rows covered"
-    return f"{report.compared:,} values compared at {', '.join(ran) or 'no corner'}; {rows}"
+    return f"{report.compared:,} positions compared at {', '.join(ran) or 'no corner'}; {rows}"
 
 
 def tables(report: Report) -> list[Table]:

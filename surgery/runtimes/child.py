@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 import surgery.errors
 from surgery.errors import EnvironmentFault, InputError, quote
-from surgery.export import process
-from surgery.export.process import Limits
+from surgery import process
+from surgery.process import Limits
 from surgery.runtimes.generate import Generated, Generation
 from surgery.runtimes.interface import ModelRef
 from surgery.stimuli.interface import Batch

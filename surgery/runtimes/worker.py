@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.errors import OnnxError
-from surgery.export import process
+from surgery import process
 from surgery.export.tasks import find_task
 from surgery.runtimes import RUNTIMES
 from surgery.runtimes.child import batch_file, kept_file
@@ -24,7 +24,9 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     scratch = Path(job["scratch"])
     output = job["output"] or find_task(runtime.model.task).output
     batches = [_run_batch(runtime, scratch, number, output) for number in range(job["batches"])]
-    generations = [_generate(runtime, request) for request in job["generations"]]
+    # Without its output a model cannot be continued; the batches say so already.
+    able = not any(batch["problem"] for batch in batches)
+    generations = [_generate(runtime, request, able) for request in job["generations"]]
     problem = _embed(runtime, scratch / "embedding.npy", job)
     return {"batches": batches, "generations": generations, "embedding_problem": problem}
 
@@ -89,8 +91,10 @@ def count_nonfinite(array: NDArray[Any], mask: NDArray[np.int64]) -> int:
     return int(bad.sum())
 
 
-def _generate(runtime: Runtime, request: dict[str, Any]) -> dict[str, Any]:
+def _generate(runtime: Runtime, request: dict[str, Any], able: bool) -> dict[str, Any]:
     prompts = tuple(tuple(prompt) for prompt in request["prompts"])
+    if not able:
+        return {"tokens": [() for _ in prompts], "nonfinite": 0}
     wanted = Generation(prompts, request["max_new_tokens"], tuple(request["eos"]))
     found = generate(runtime, wanted)
     return {"tokens": found.tokens, "nonfinite": found.nonfinite}

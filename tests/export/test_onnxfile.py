@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from surgery.errors import OnnxError
 from surgery.export import onnxfile
-from surgery.export.process import Limits
+from surgery.process import Limits
 from tests.onnx_files import TABLE, endless, enormous, externally, lookup, model, save
 
 

@@ -14,7 +14,7 @@ from surgery.checkpoint import EXPORT_RECEIPT
 from surgery.checkpoint.receipt import EXPORT_PREDICATE, open_receipt, subjects
 from surgery.errors import CheckpointError, ExportError, InputError, OutputError
 from surgery.export import ExportResult, export, export_in_child, write
-from surgery.export.process import Limits
+from surgery.process import Limits
 from tests.models import Zoo, make
 
 

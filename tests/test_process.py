@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from surgery.errors import CheckpointError, ExportError
-from surgery.export.process import Ending, Limits, run
+from surgery.process import Ending, Limits, run
 
 CHILD = "tests.children"
 
@@ -85,7 +85,7 @@ def test_other_errors_keep_their_class_and_last_line(tmp_path: Path) -> None:
 def test_a_child_dies_with_its_parent(tmp_path: Path, number: signal.Signals) -> None:
     file = tmp_path / "pid"
     call = (
-        "from pathlib import Path; from surgery.export.process import Limits, run; "
+        "from pathlib import Path; from surgery.process import Limits, run; "
         f"run({CHILD!r}, {{'do': 'ignore terminate and sleep', 'pid_file': {str(file)!r}}}, "
         f"Path({str(tmp_path)!r}), Limits(60))"
     )

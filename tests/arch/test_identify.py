@@ -1,0 +1,125 @@
+"""Every stored tensor is claimed by exactly one role of the right shape, or the model is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import FAMILIES
+from oracles import load_model
+
+from surgery.arch import identify
+from surgery.checkpoint import SINGLE, Checkpoint
+from surgery.errors import ArchitectureError
+
+
+def changed(
+    base: Path, folder: Path, config: dict[str, Any] | None = None, **tensors: Any
+) -> Checkpoint:
+    """A copy of `base` with other config fields and tensors (None takes one away)."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(base, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
+    kept = {**load_file(base / SINGLE), **tensors}
+    save_file({n: t for n, t in kept.items() if t is not None}, folder / SINGLE)
+    return Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_has_a_role_and_is_that_module_of_the_live_model(
+    family: str, base_of: Callable[..., Path]
+) -> None:
+    checkpoint = Checkpoint.open(base_of(family))
+    arch = identify(checkpoint)
+    model = load_model(base_of(family))
+    assert set(arch.roles) == set(checkpoint.tensors)
+    assert arch.family == family
+    assert arch.tied is (family != "llama")
+    for name, role in arch.roles.items():
+        live = getattr(arch.module(model, role.role, role.layer), role.kind)
+        assert live.detach().numpy().tobytes() == bytes(checkpoint.read_bytes(name)), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_base_model_without_its_head_is_the_same_family(
+    family: str, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    load_model(base_of(family)).base_model.save_pretrained(tmp_path / "base")
+    arch = identify(Checkpoint.open(tmp_path / "base"))
+    assert arch.prefix == ""
+    assert arch.roles
+
+
+def test_old_gpt2_files_carry_mask_buffers(base_of: Callable[..., Path], tmp_path: Path) -> None:
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    tensors: dict[str, Any] = {}
+    for name, tensor in load_file(base_of("gpt2") / SINGLE).items():
+        tensors |= {name: None, name.removeprefix("transformer."): tensor}
+    tensors |= {f"h.{i}.attn.bias": np.ones((1, 1, 64, 64), np.float32) for i in range(2)}
+    arch = identify(changed(base_of("gpt2"), tmp_path / "m", **tensors))
+    assert "h.0.attn.bias" not in arch.roles
+    assert "h.0.attn.c_proj.weight" in arch.roles
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "said"),
+    [
+        ("llama", {"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: bert"),
+        ("llama", {"model_type": None}, "model_type"),
+        ("llama", {"model_type": ["llama"]}, "model_type"),
+        ("llama", {"quantization_config": {"bits": 4}}, "packed weights"),
+        ("bert", {"is_decoder": True}, "decoder BERT"),
+        ("gpt2", {"add_cross_attention": True}, "cross-attention"),
+        ("gpt2", {"n_layer": 3}, "lacks"),
+        ("gpt2", {"n_layer": 1}, "no role of gpt2 claims"),
+        ("gpt2", {"n_layer": 2**31}, "expected a positive integer"),
+        ("gpt2", {"n_layer": 2**30}, "more than"),
+        ("gpt2", {"n_head": 0}, "expected a positive integer"),
+        ("gpt2", {"n_head": 64}, "expected a positive integer|has shape"),
+        ("gpt2", {"n_embd": -32}, "expected a positive integer"),
+        ("gpt2", {"n_embd": 32.0}, "expected a positive integer"),
+        ("gpt2", {"n_embd": True}, "expected a positive integer"),
+        ("llama", {"hidden_size": 64}, "has shape"),
+        ("llama", {"num_key_value_heads": 3}, "multiple of key-value heads"),
+        ("llama", {"num_key_value_heads": 4}, "has shape"),
+        ("llama", {"vocab_size": 102}, "has shape"),
+        ("llama", {"attention_bias": True}, "lacks"),
+        ("qwen3", {"head_dim": 8}, "has shape"),
+        ("qwen3", {"tie_word_embeddings": False}, "is untied but lacks 'lm_head.weight'"),
+    ],
+)
+def test_a_config_that_is_not_this_model_is_refused(
+    family: str, config: dict[str, Any], said: str, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ArchitectureError, match=said) as caught:
+        identify(changed(base_of(family), tmp_path / "m", config))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.x", "../../x", "<script>", "model.norm.bias"])
+def test_a_tensor_no_role_claims_is_refused(
+    name: str, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    import numpy as np
+
+    checkpoint = changed(base_of("llama"), tmp_path / "m", **{name: np.ones(32, np.float32)})
+    with pytest.raises(ArchitectureError, match="no role of llama claims"):
+        identify(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight",
+             "model.layers.1.self_attn.k_proj.weight"],
+)  # fmt: skip
+def test_a_missing_tensor_is_named(name: str, base_of: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = changed(base_of("llama"), tmp_path / "m", **{name: None})
+    with pytest.raises(ArchitectureError, match=name):
+        identify(checkpoint)

@@ -1,0 +1,145 @@
+"""What `apply` writes beside the weights, and what its receipt says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from recipes import HEADS, NEURONS, apply_edits, make_sae, sae_edit, stored, write_recipe
+
+from surgery.apply import apply
+from surgery.checkpoint import RECEIPT, SINGLE, Checkpoint
+from surgery.checkpoint.files import sha256_file
+from surgery.checkpoint.receipt import EDIT_PREDICATE, open_receipt, subjects
+from surgery.errors import CheckpointError
+from surgery.verify import verify
+
+
+@pytest.fixture
+def base(base_of: Callable[..., Path], tmp_path: Path) -> Path:
+    """A base with side files, other formats and a hidden folder."""
+    folder = tmp_path / "my model"
+    shutil.copytree(base_of("llama", "bfloat16"), folder)
+    for name in ("vocab.txt", "sub/x.json", "pytorch_model.bin", "onnx/model.onnx", ".git/HEAD"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+def test_side_files_are_copied_and_other_weights_are_not(base: Path, tmp_path: Path) -> None:
+    output = apply_edits(tmp_path, base, [HEADS])
+    files = {p.relative_to(output).as_posix() for p in output.rglob("*") if p.is_file()}
+    assert files == {
+        SINGLE, RECEIPT, "README.md", "config.json", "generation_config.json", "vocab.txt",
+        "sub/x.json",
+    }  # fmt: skip
+    assert (output / "sub" / "x.json").read_text() == "sub/x.json"
+    receipt = open_receipt(output / RECEIPT, EDIT_PREDICATE)
+    assert receipt["predicate"]["not_carried"] == ["onnx/model.onnx", "pytorch_model.bin"]
+
+
+def test_the_receipt_says_what_was_done(base: Path, tmp_path: Path) -> None:
+    make_sae(tmp_path / "sae", "blocks.1.hook_mlp_out", 32)
+    edits = [{**HEADS, "factor": 0.5}, NEURONS, sae_edit("steer_bias", (3,))]
+    output = apply_edits(tmp_path, base, edits)
+    receipt = open_receipt(output / RECEIPT, EDIT_PREDICATE)
+    files = {p.relative_to(output).as_posix(): p for p in output.rglob("*") if p.is_file()}
+    del files[RECEIPT]
+    assert subjects(receipt, output) == {name: sha256_file(path) for name, path in files.items()}
+    predicate, recipe = receipt["predicate"], tmp_path / "recipe.json"
+    assert predicate["recipe"] == {"text": recipe.read_text(), "sha256": sha256_file(recipe)}
+    assert predicate["base"]["name"] == "my model"
+    for name, digest in predicate["base"]["files"].items():
+        assert digest == sha256_file(base / name), name
+    assert {SINGLE, "config.json", "vocab.txt"} <= set(predicate["base"]["files"])
+    assert predicate["inputs"] == {
+        f"sae/{name}": sha256_file(tmp_path / "sae" / name)
+        for name in ("cfg.json", "sae_weights.safetensors")
+    }
+    assert predicate["config"] == {"mlp_bias": True}
+    assert len(predicate["added"]) == 6
+
+
+def test_each_edited_tensor_is_recorded(base: Path, tmp_path: Path) -> None:
+    output = apply_edits(tmp_path, base, [{**HEADS, "factor": 0.5}, NEURONS])
+    records = open_receipt(output / RECEIPT, EDIT_PREDICATE)["predicate"]["tensors"]
+    assert len(records) == 4
+    for record in records:
+        before, after = (stored(folder, record["name"]) for folder in (base, output))
+        assert record["before_sha256"] == hashlib.sha256(before.tobytes()).hexdigest()
+        assert record["after_sha256"] == hashlib.sha256(after.tobytes()).hexdigest()
+        change = after.astype(float) - before.astype(float)
+        assert float(record["change"]["frobenius"]) == pytest.approx(np.linalg.norm(change))
+        assert float(record["change"]["max_abs"]) == np.abs(change).max()
+        assert int(record["change"]["elements"]) == np.count_nonzero(change)
+        [edit] = record["edits"]
+        inside = np.zeros(before.shape, bool)
+        for start, stop in edit["regions"]:
+            inside[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))] = True
+        assert not change[~inside].any()
+    assert [record["role"] for record in records] == [
+        "o_proj.0.weight", "o_proj.1.weight", "down_proj.0.weight", "down_proj.1.weight"
+    ]  # fmt: skip
+
+
+def test_the_same_apply_twice_writes_the_same_bytes(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, [HEADS, NEURONS])
+    outputs = [apply(recipe, base, tmp_path / name).output for name in ("one", "two")]
+    for path in sorted(outputs[0].iterdir()):
+        assert path.is_dir() or path.read_bytes() == (outputs[1] / path.name).read_bytes()
+
+
+def test_an_edited_checkpoint_can_be_edited_again_and_names_its_parent(
+    base: Path, tmp_path: Path
+) -> None:
+    first = apply_edits(tmp_path / "1", base, [HEADS])
+    second = apply_edits(tmp_path / "2", first, [NEURONS])
+    [parent] = open_receipt(second / RECEIPT, EDIT_PREDICATE)["predicate"]["parents"]
+    assert parent["text"] == (first / RECEIPT).read_text()
+    assert parent["sha256"] == sha256_file(first / RECEIPT)
+    assert verify(second, first).findings == ()
+    at_once = apply_edits(tmp_path / "3", base, [HEADS, NEURONS])
+    assert (second / SINGLE).read_bytes() == (at_once / SINGLE).read_bytes()
+
+
+def test_a_parent_receipt_that_is_no_text_is_bad_input(base: Path, tmp_path: Path) -> None:
+    (base / RECEIPT).write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match="not UTF-8"):
+        apply_edits(tmp_path, base, [HEADS])
+    assert not (tmp_path / "out").exists()
+
+
+def test_progress_is_told_tensor_by_tensor(base: Path, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    recipe = write_recipe(tmp_path, [HEADS])
+    done = apply(
+        recipe, base, tmp_path / "out", progress=lambda name, n, of: told.append((name, n, of))
+    )
+    assert told == [(done.edited[0], 1, 2), (done.edited[1], 2, 2)]
+
+
+def test_config_keeps_what_the_recipe_does_not_change(base: Path, tmp_path: Path) -> None:
+    make_sae(tmp_path / "sae", "blocks.0.hook_attn_out", 32)
+    output = apply_edits(tmp_path, base, [sae_edit("steer_bias")])
+    before, after = (json.loads((f / "config.json").read_text()) for f in (base, output))
+    assert after == {**before, "attention_bias": True}
+    zeros = [n for n in Checkpoint.open(output).tensors if n.endswith("v_proj.bias")]
+    assert len(zeros) == 2
+    assert not any(stored(output, name).any() for name in zeros)
+
+
+def test_a_base_truncated_after_planning_leaves_nothing(base: Path, tmp_path: Path) -> None:
+    from surgery.apply import apply_plan
+    from surgery.plan import plan
+
+    found = plan(write_recipe(tmp_path / "r", [HEADS]), base)
+    with (base / SINGLE).open("r+b") as file:
+        file.truncate(found.base.info(found.edited[0]).begin + 1)
+    with pytest.raises(CheckpointError, match="truncated"):
+        apply_plan(found, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my model", "r"]
