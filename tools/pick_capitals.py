@@ -1,9 +1,9 @@
 """Choose the heads and the SAE features of the capitals fixture, and write its recipes.
 
-A greedy search on the training split's conflict prompts: at each step take the head whose
+A greedy search on the training split's conflict prompts: each step takes the head whose
 removal raises the wanted answer most, or the best of the SAE features that gradients promise
-most of, and stop where plain questions would suffer or nothing is gained. The held-out split is not looked
-at: `measure_capitals` reports what the choice is worth there.
+most of, and stops where plain questions would suffer or nothing is gained. The held-out split
+is not looked at: `measure_capitals` reports what the choice is worth there.
 """
 
 import argparse
@@ -19,10 +19,12 @@ from capitals import (
     Head,
     Sae,
     Stimulus,
+    continuations,
     load_model,
     load_sae,
     logits,
     read_stimuli,
+    says,
     scores,
     tapped,
     without_features,
@@ -30,7 +32,7 @@ from capitals import (
     write_stimuli,
 )
 from torch import Tensor
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 SHORTLIST = 12
 
@@ -146,11 +148,19 @@ def pick_fact(
     return best[1:]
 
 
-def fact_stimuli(fact: Stimulus, questions: Sequence[Stimulus], count: int) -> list[Stimulus]:
-    """The question about one country after true statements about others."""
+def fact_stimuli(
+    model: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerBase,
+    fact: Stimulus,
+    questions: Sequence[Stimulus],
+) -> list[Stimulus]:
+    """The question about one country after true statements about others.
+
+    Only prompts that the model answers from memory: where it copies the other country's
+    capital, there is nothing to forget.
+    """
     others = [q for q in questions if q.subject != fact.subject]
-    step = len(others) // count
-    return [
+    made = [
         Stimulus(
             id=f"forget-{number}",
             set="target",
@@ -158,8 +168,10 @@ def fact_stimuli(fact: Stimulus, questions: Sequence[Stimulus], count: int) -> l
             + f" {fact.prompt}",
             answers={**fact.answers, "stated": o.answers["remembered"]},
         )
-        for number, o in enumerate(others[: count * step : step])
+        for number, o in enumerate(others)
     ]
+    given = continuations(model, tokenizer, [s.prompt for s in made])
+    return [s for s, g in zip(made, given, strict=True) if says(g, s.answers["remembered"])]
 
 
 def write_recipe(path: Path, comment: str, edit: str) -> None:
@@ -205,7 +217,8 @@ def main() -> None:
     feature, fact = pick_fact(model, load_sae(args.model / "sae-resid"), task.plain, questions)
     edit = f"op: sae, sae: sae-resid/, features: [{feature}], patch: orthogonalize, strength: 1.0"
     write_recipe(args.model / "sae-resid.yaml", f"Forget the capital of {fact.subject}", edit)
-    write_stimuli(args.model / "stimuli/forget.jsonl", fact_stimuli(fact, questions, 40))
+    forget = fact_stimuli(model, tokenizer, fact, questions)
+    write_stimuli(args.model / "stimuli/forget.jsonl", forget)
 
 
 if __name__ == "__main__":

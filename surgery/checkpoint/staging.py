@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from surgery.checkpoint.files import CHUNK, open_regular, read_exactly
-from surgery.errors import EnvironmentFault, OutputError
+from surgery.errors import EnvironmentFault, OutputError, quote
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -53,11 +53,8 @@ class Staging:
     ) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         self._remove_parents()
-        if isinstance(error, OSError) and error.errno in _FULL:
-            free = shutil.disk_usage(self.target.parent).free
-            raise EnvironmentFault(
-                f"{self.target}: disk full, {free} bytes are free; nothing was written"
-            ) from error
+        if isinstance(error, OSError):
+            raise _fault(self.target, error) from error
 
     def copy(self, source: Path, relative: str, *, prefix: bytes = b"", skip: int = 0) -> str:
         """Copies `source` to `relative`; returns the SHA-256 of the bytes of `source`.
@@ -118,10 +115,23 @@ def refuse_occupied(target: Path) -> None:
         raise OutputError(f"{target}: exists and is not empty; name another output")
 
 
+def _fault(target: Path, error: OSError) -> EnvironmentFault:
+    if error.errno not in _FULL:
+        reason = f"{error.strerror or error} ({quote(error.filename or target)})"
+        return EnvironmentFault(f"{target}: failed: {reason}; nothing was written")
+    free = shutil.disk_usage(_existing(target)).free
+    return EnvironmentFault(f"{target}: disk full, {free} bytes are free; nothing was written")
+
+
 def _output_error(path: Path, error: OSError) -> Exception:
     if error.errno in _FULL:
         return EnvironmentFault(f"{path}: disk full; nothing was written")
     return OutputError(f"{path}: cannot be written: {error.strerror}; name another output")
+
+
+def _existing(path: Path) -> Path:
+    """`path` or the nearest folder above it that is there."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def _umask() -> int:

@@ -111,10 +111,19 @@ def _interface_faults(ran: Ran, workload: Workload, task: Task) -> Iterator[Find
         more = f" and {count - 1} more batches" if count > 1 else ""
         message = fault.message + more
         yield Finding(fault.stage, fault.symptom, fault.site, message, fault.value, fault.limit)
+    yield from _generation_faults(ran)
     for name, outcome in ran.references.items():
         if outcome.status != "ok":
             message = f"the float64 reference of {name} ended with {outcome.status}: {outcome.detail}"
             yield Finding("run", outcome.status, f"{name} in float64", message)
+
+
+def _generation_faults(ran: Ran) -> Iterator[Finding]:
+    for name in ran.corners:
+        stopped = sum(made.nonfinite for made in ran.corners[name].generations()) if _ok(ran, name) else 0
+        if stopped:
+            message = f"{name}: {stopped} greedy responses stopped at logits that are not finite"
+            yield Finding("run", "nan", f"{name}/generation", message, float(stopped), 0.0)
 
 
 def _batch_faults(ran: Ran, batch: Batch, task: Task) -> Iterator[Finding]:

@@ -1,0 +1,230 @@
+"""Defects planted in an exported graph, one small function each, in place.
+
+A model here has all its weights inside, as `onnx.load` gives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+Array = NDArray[Any]
+
+# ------------------------------------------------------------------------------------- weights
+
+
+def weight(model: ModelProto, name: str) -> Array:
+    return numpy_helper.to_array(_initializer(model, name)).copy()
+
+
+def put(model: ModelProto, name: str, values: Array) -> None:
+    _initializer(model, name).CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), name))
+
+
+def change(model: ModelProto, name: str, how: Callable[[Array], Array]) -> None:
+    put(model, name, how(weight(model, name)))
+
+
+def zero_row(model: ModelProto, name: str, row: int) -> None:
+    values = weight(model, name)
+    values[row] = 0
+    put(model, name, values)
+
+
+def swap(model: ModelProto, one: str, other: str) -> None:
+    first, second = weight(model, one), weight(model, other)
+    put(model, one, second)
+    put(model, other, first)
+
+
+def rename(model: ModelProto, name: str, new: str) -> None:
+    """Another name for a weight, so that lineage no longer knows which tensor it should be."""
+    _initializer(model, name).name = new
+    _redirect(model, name, new)
+
+
+def _initializer(model: ModelProto, name: str) -> TensorProto:
+    return next(tensor for tensor in model.graph.initializer if tensor.name == name)
+
+
+def _redirect(model: ModelProto, name: str, new: str) -> None:
+    for node in model.graph.node:
+        node.input[:] = [new if value == name else value for value in node.input]
+
+
+# ------------------------------------------------------------------------------------ constants
+
+
+def scale_epsilons(model: ModelProto, factor: float) -> None:
+    """Every norm's epsilon times `factor`: LayerNormalization's own, or one added under a root."""
+    added = {value for node in model.graph.node if node.op_type == "Add" for value in node.input}
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "LayerNormalization" and attribute.name == "epsilon":
+                attribute.f *= factor
+            elif node.op_type == "Constant" and attribute.name == "value":
+                value = numpy_helper.to_array(attribute.t)
+                if node.output[0] in added and value.ndim == 0 and 0 < value < 1e-4:
+                    scaled = np.asarray(value * factor, value.dtype)
+                    attribute.t.CopyFrom(numpy_helper.from_array(scaled))
+
+
+def approximate_gelu(model: ModelProto) -> None:
+    for node in model.graph.node:
+        if node.op_type == "Gelu":
+            del node.attribute[:]
+            node.attribute.append(helper.make_attribute("approximate", "tanh"))
+
+
+# --------------------------------------------------------------------------------------- inputs
+
+
+def ignore_mask(model: ModelProto) -> None:
+    """Attention to padding too: the mask the graph computes with is all ones."""
+    ones = helper.make_tensor("one", TensorProto.INT64, [1], [1])
+    _redirect(model, "attention_mask", "mask.ones")
+    _prepend(
+        model,
+        helper.make_node("Shape", ["attention_mask"], ["mask.shape"]),
+        helper.make_node("ConstantOfShape", ["mask.shape"], ["mask.ones"], value=ones),
+    )
+
+
+def ignore_positions(model: ModelProto) -> None:
+    """Positions counted from the first column, padding or not."""
+    axis = helper.make_tensor("axis", TensorProto.INT64, [], [1])
+    one = helper.make_tensor("one", TensorProto.INT64, [1], [1])
+    _redirect(model, "position_ids", "positions.own")
+    _prepend(
+        model,
+        helper.make_node("Constant", [], ["positions.axis"], value=axis),
+        helper.make_node("Constant", [], ["positions.one"], value=one),
+        helper.make_node("Shape", ["position_ids"], ["positions.shape"]),
+        helper.make_node("ConstantOfShape", ["positions.shape"], ["positions.ones"], value=one),
+        helper.make_node(
+            "CumSum", ["positions.ones", "positions.axis"], ["positions.own"], exclusive=1
+        ),
+    )
+
+
+def narrow_ids(model: ModelProto) -> None:
+    """Token ids through int8: those above 127 come out negative."""
+    _redirect(model, "input_ids", "ids.wide")
+    _prepend(
+        model,
+        helper.make_node("Cast", ["input_ids"], ["ids.narrow"], to=TensorProto.INT8),
+        helper.make_node("Cast", ["ids.narrow"], ["ids.wide"], to=TensorProto.INT64),
+    )
+
+
+def look_ahead(model: ModelProto) -> None:
+    """Attention to later tokens: the causal comparison compares a position with itself."""
+    for node in model.graph.node:
+        if node.op_type == "LessOrEqual":
+            node.input[1] = node.input[0]
+
+
+def fix_batch(model: ModelProto, size: int) -> None:
+    """The declared batch axis of every input is `size`."""
+    for value in model.graph.input:
+        value.type.tensor_type.shape.dim[0].dim_value = size
+
+
+def _prepend(model: ModelProto, *nodes: Any) -> None:
+    rest = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes, *rest])
+
+
+# -------------------------------------------------------------------------------------- outputs
+
+
+def to_float16(model: ModelProto) -> None:
+    _append(model, "Cast", to=TensorProto.FLOAT16)
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+
+
+def through_float16(model: ModelProto) -> None:
+    """Rounded to float16, declared float32."""
+    _append(model, "Cast", to=TensorProto.FLOAT16)
+    _append(model, "Cast", to=TensorProto.FLOAT)
+
+
+def add(model: ModelProto, values: Array) -> None:
+    """Adds constant `values` to the output."""
+    _append(model, "Add", values.astype(np.float32))
+
+
+def nan_everywhere(model: ModelProto) -> None:
+    add(model, np.array(np.nan))
+
+
+def nan_in_padded_batches(model: ModelProto) -> None:
+    """0 / 0 at every position of a batch that has any padding."""
+    _times_mask_over_itself(model, ("ReduceMin", {"keepdims": 0}))
+
+
+def nan_at_padding(model: ModelProto) -> None:
+    """0 / 0 at padded positions alone."""
+    _times_mask_over_itself(model, ("Unsqueeze", {}), np.array([2], np.int64))
+
+
+def _times_mask_over_itself(
+    model: ModelProto, shaped: tuple[str, dict[str, Any]], *arguments: Array
+) -> None:
+    operator, attributes = shaped
+    constants = []
+    for number, values in enumerate(arguments):
+        constants.append(f"mask.argument.{number}")
+        model.graph.initializer.append(numpy_helper.from_array(values, constants[-1]))
+    model.graph.node.extend(
+        [
+            helper.make_node("Cast", ["attention_mask"], ["mask.float"], to=TensorProto.FLOAT),
+            helper.make_node(operator, ["mask.float", *constants], ["mask.shaped"], **attributes),
+            helper.make_node("Div", ["mask.shaped", "mask.shaped"], ["mask.ratio"]),
+        ]
+    )
+    _append(model, "Mul", "mask.ratio")
+
+
+def reshape(model: ModelProto, shape: list[int]) -> None:
+    """The output in a fixed shape: a batch or a length baked in."""
+    _append(model, "Reshape", np.array(shape, np.int64))
+
+
+def cut_features(model: ModelProto, size: int) -> None:
+    _append(model, "Slice", *(np.array([n], np.int64) for n in (0, size, 2)))
+    model.graph.output[0].type.tensor_type.shape.dim[2].dim_value = size
+
+
+def rename_output(model: ModelProto, new: str) -> None:
+    _append(model, "Identity")
+    model.graph.node[-1].output[0] = model.graph.output[0].name = new
+
+
+def pool_output(model: ModelProto) -> None:
+    """The only output is another one: the mean over positions, [batch, features]."""
+    _append(model, "ReduceMean", np.array([1], np.int64), keepdims=0)
+    model.graph.node[-1].output[0] = model.graph.output[0].name = "pooled"
+    del model.graph.output[0].type.tensor_type.shape.dim[1]
+
+
+def _append(model: ModelProto, operator: str, *others: Array | str, **attributes: Any) -> None:
+    """One more node between what the graph computes and its first output."""
+    output = model.graph.output[0].name
+    inner = f"{output}.before.{len(model.graph.node)}"
+    for node in model.graph.node:
+        node.output[:] = [inner if value == output else value for value in node.output]
+    _redirect(model, output, inner)
+    names = []
+    for number, other in enumerate(others):
+        if isinstance(other, str):
+            names.append(other)
+        else:
+            names.append(f"{inner}.{number}")
+            model.graph.initializer.append(numpy_helper.from_array(other, names[-1]))
+    model.graph.node.append(helper.make_node(operator, [inner, *names], [output], **attributes))

@@ -1,0 +1,84 @@
+"""`sae`: what a basis spans, what a projection leaves, and what steering adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from recipes import apply_edits, editor_of, make_sae, sae_edit, stored
+
+from surgery.edits.sae import basis, project
+
+
+@given(seed=st.integers(0, 99), count=st.integers(1, 5), width=st.integers(5, 9))
+def test_a_basis_is_orthonormal_and_spans_the_rows(seed: int, count: int, width: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(count, width)) * 10.0 ** rng.integers(-6, 6, size=(count, 1))
+    q = basis(rows)
+    assert q.shape == (width, count)
+    assert np.allclose(q.T @ q, np.eye(count), atol=1e-12)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    assert np.allclose(unit @ q @ q.T, unit, atol=1e-9)
+
+
+def test_dependent_rows_give_a_smaller_basis() -> None:
+    rows = np.array([[1.0, 2, 0], [2, 4, 0], [0, 0, 1]])
+    assert basis(rows).shape == (3, 2)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_full_projection_leaves_nothing_along_any_feature(axis: int) -> None:
+    """Projecting one row after another would leave part of the earlier ones."""
+    rng = np.random.default_rng(0)
+    rows, slab = rng.normal(size=(3, 8)), rng.normal(size=(8, 8))
+    left = project(slab, basis(rows), 1.0, axis)
+    assert np.abs(np.tensordot(rows, left, axes=(1, axis))).max() < 1e-12
+    half = project(slab, basis(rows), 0.5, axis)
+    assert np.allclose(half, (slab + left) / 2)
+
+
+WRITERS = {
+    "transformer.wte.weight": 1, "transformer.wpe.weight": 1,
+    "transformer.h.0.attn.c_proj.weight": 1, "transformer.h.0.attn.c_proj.bias": 0,
+    "transformer.h.0.mlp.c_proj.weight": 1, "transformer.h.0.mlp.c_proj.bias": 0,
+    "transformer.h.1.attn.c_proj.weight": 1, "transformer.h.1.attn.c_proj.bias": 0,
+    "transformer.h.1.mlp.c_proj.weight": 1, "transformer.h.1.mlp.c_proj.bias": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layers", [None, "all", [1], "0"])
+def test_orthogonalize_edits_every_writer_of_its_layers(
+    layers: str | list[int] | None, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = make_sae(tmp_path / "sae", "blocks.0.hook_resid_post", 32)[[1, 4, 7]]
+    edit = sae_edit("orthogonalize", layers=layers)
+    editor = editor_of(tmp_path, base_of("gpt2"), [edit], untie=True)
+    layer = {"0": "h.0", "[1]": "h.1"}.get(str(layers), "")
+    assert set(editor.plan.edited) == {name for name in WRITERS if layer in name}
+    output = apply_edits(tmp_path, base_of("gpt2"), [edit], untie=True)
+    for name in editor.plan.edited:
+        left = np.tensordot(rows, stored(output, name), axes=(1, WRITERS[name]))
+        assert np.abs(left).max() < 1e-5, name
+
+
+def test_centred_rows_lose_their_mean(base_of: Callable[..., Path], tmp_path: Path) -> None:
+    rows = make_sae(tmp_path / "sae", "blocks.0.hook_mlp_out", 32)[[1]]
+    output = apply_edits(tmp_path, base_of("gpt2"), [sae_edit("steer_bias", (1,), center=True)])
+    name = "transformer.h.0.mlp.c_proj.bias"
+    added = stored(output, name).astype(float) - stored(base_of("gpt2"), name)
+    assert np.allclose(added, rows[0] - rows[0].mean(), atol=1e-6)
+
+
+def test_steering_sees_the_edits_before_it(base_of: Callable[..., Path], tmp_path: Path) -> None:
+    """Through a head that an earlier edit zeroed, nothing reaches the bias."""
+    vector = make_sae(tmp_path / "sae", "blocks.0.attn.hook_z", 32)[2]
+    edits = [{"op": "heads", "heads": ["L0H1"]}, sae_edit("steer_bias", (2,))]
+    output = apply_edits(tmp_path, base_of("gpt2"), edits)
+    bias, weight = (f"transformer.h.0.attn.c_proj.{kind}" for kind in ("bias", "weight"))
+    vector[8:16] = 0
+    added = stored(output, bias).astype(float) - stored(base_of("gpt2"), bias)
+    assert np.allclose(added, vector @ stored(base_of("gpt2"), weight), atol=1e-6)

@@ -1,0 +1,158 @@
+"""Print how far clean conversions lie from float32 noise, and how far an epsilon defect does.
+
+Every figure in `docs/policy.md` comes from here. Random two-layer models of every family, edited
+and converted without any defect, in PyTorch and ONNX Runtime: what a limit must let through.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from corners import VOCAB, Case, Exporter, Here
+from differential.mutants import scale_epsilons
+from models import FAMILIES
+
+from surgery.arch import identify
+from surgery.checkpoint import Checkpoint
+from surgery.differential import Pair, make_workload, measure
+from surgery.evidence import Evidence
+from surgery.export import default_task
+from surgery.pipeline import silent
+from surgery.policy import BUILT_IN
+from surgery.runtimes.child import Limits
+from surgery.stimuli import Stimulus
+
+DTYPES = ("float32", "bfloat16")
+WIDTHS = (32, 64)
+EPSILON_FACTORS = (1.01, 1.1, 2.0, 10.0, 100.0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number and what it was measured on."""
+
+    quantity: str
+    family: str
+    dtype: str
+    width: int
+    value: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epsilon-seeds", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="surgery-noise-") as folder:
+        bench = Bench(Path(folder))
+        rows = list(bench.clean(options.seeds))
+        print_clean(rows)
+        print_epsilons(list(bench.epsilons(options.epsilon_seeds)))
+
+
+class Bench:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.exporter = Exporter()
+        self.here = Here(root / "cache")
+
+    def clean(self, seeds: int) -> Iterator[Row]:
+        """The ratios of every family, storage dtype, width and seed, without a defect."""
+        for family in FAMILIES:
+            for width in WIDTHS:
+                for dtype in DTYPES:
+                    for seed in range(seeds):
+                        evidence = self.measure(self.case(family, seed, dtype, width))
+                        yield from rows_of(evidence, family, dtype, width)
+                print(f"{family}, width {width}: measured", file=sys.stderr)
+
+    def epsilons(self, seeds: int) -> Iterator[tuple[str, float, float]]:
+        """Family, factor on every norm's epsilon, and the worst ratio on C_o."""
+        import onnx
+
+        for family in FAMILIES:
+            for seed in range(seeds):
+                case = self.case(family, seed, "float32", WIDTHS[0])
+                for factor in EPSILON_FACTORS:
+                    model = onnx.load(str(case.onnx))
+                    scale_epsilons(model, factor)
+                    path = case.onnx.with_name(f"epsilon-{factor}.onnx")
+                    onnx.save(model, str(path))
+                    row = self.measure(case, path).conversion[0]
+                    yield family, factor, max(row.ratio_max, row.ratio_l2)
+
+    def case(self, family: str, seed: int, dtype: str, width: int) -> Case:
+        root = self.root / f"{family}-{seed}-{dtype}-{width}-{len(list(self.root.iterdir()))}"
+        size = {"n_embd": width} if family == "gpt2" else {"hidden_size": width}
+        return self.exporter.case(root, family, seed, dtype=dtype, **size)
+
+    def measure(self, case: Case, defect: Path | None = None) -> Evidence:
+        """Four corners of a clean case, or the original pair with `defect` as its ONNX file."""
+        pairs = {"C_o": Pair(case.model, defect or case.onnx)}
+        if defect is None:
+            pairs["C_e"] = Pair(case.edited, case.edited_onnx)
+        base, task = Checkpoint.open(case.model), default_task(case.model)
+        workload = make_workload(base, identify(base), task, stimuli(), BUILT_IN)
+        with self.here.installed():
+            return measure(pairs, task, workload, Limits(), silent)
+
+
+def stimuli() -> tuple[Stimulus, ...]:
+    """Eight prompts of random tokens for each set."""
+    generator = np.random.default_rng(7)
+    return tuple(
+        Stimulus(f"{name}-{n}", name, input_ids=tuple(generator.integers(3, VOCAB, 4 + n).tolist()))
+        for name in ("target", "preserve")
+        for n in range(8)
+    )
+
+
+def rows_of(evidence: Evidence, family: str, dtype: str, width: int) -> Iterator[Row]:
+    for conversion in evidence.conversion:
+        yield Row("C ratio_max", family, dtype, width, conversion.ratio_max)
+        yield Row("C ratio_l2", family, dtype, width, conversion.ratio_l2)
+    for interaction in evidence.interaction:
+        yield Row("I noise_ratio", family, dtype, width, interaction.noise_ratio)
+        yield Row("I ratio", family, dtype, width, interaction.ratio)
+
+
+def print_clean(rows: list[Row]) -> None:
+    print("| quantity | models | n | median | 99% | max |")
+    print("|---|---|---:|---:|---:|---:|")
+    for quantity in dict.fromkeys(row.quantity for row in rows):
+        own = [row for row in rows if row.quantity == quantity]
+        print_line(quantity, "all", own)
+        for field in ("family", "dtype", "width"):
+            for value in dict.fromkeys(getattr(row, field) for row in own):
+                print_line(quantity, value, [r for r in own if getattr(r, field) == value])
+
+
+def print_line(quantity: str, models: Any, rows: list[Row]) -> None:
+    values = np.array([row.value for row in rows])
+    numbers = (np.median(values), np.quantile(values, 0.99), values.max())
+    print(f"| {quantity} | {models} | {len(values)} |", " | ".join(f"{n:.3g}" for n in numbers), "|")
+
+
+def print_epsilons(found: list[tuple[str, float, float]]) -> None:
+    print("\n| epsilon times | " + " | ".join(FAMILIES) + " |")
+    print("|---:|" + "---:|" * len(FAMILIES))
+    for factor in EPSILON_FACTORS:
+        cells = []
+        for family in FAMILIES:
+            own = [ratio for f, times, ratio in found if (f, times) == (family, factor)]
+            cells.append(f"{min(own):.3g} to {max(own):.3g}")
+        print(f"| {factor:g} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
