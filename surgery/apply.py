@@ -208,7 +208,7 @@ def _edit_tensor(editor: Editor, tensor: str, folder: Path) -> dict[str, Any]:
     _write_at(folder / info.file, begin, new.tobytes())
     stored = stored.copy()
     stored[rows.slices] = new
-    record = {
+    return {
         "name": tensor,
         "role": steps[0].role,
         "dtype": info.dtype,
@@ -218,7 +218,6 @@ def _edit_tensor(editor: Editor, tensor: str, folder: Path) -> dict[str, Any]:
         "edits": _edit_records(plan, steps),
         "change": _norms(old, new),
     }
-    return record
 
 
 def _edit_records(plan: Plan, steps: tuple[Step, ...]) -> list[dict[str, Any]]:

@@ -21,8 +21,8 @@ from unittest.mock import patch
 from models import config_of, make
 from recipes import HEADS, NEURONS, apply_edits
 
-from surgery.export import process
-from surgery.export.process import Ending, Limits
+from surgery import process
+from surgery.process import Ending, Limits
 
 VOCAB = 200
 """Above 127, so that an overflow of int8 shows."""

@@ -237,7 +237,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("fixtures/capitals-gpt2"))
     parser.add_argument("--target", default="target", help="stimuli file of conflict prompts")
-    parser.add_argument("--random-sets", type=int, default=15)
+    parser.add_argument("--random-sets", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")

@@ -61,9 +61,7 @@ def extend(arch: Architecture, config: Mapping[str, Any], names: Iterable[str]) 
 
 def _has_head(facts: FamilyFacts, roles: Mapping[str, Role]) -> bool:
     """Whether a tied head can exist: in every decoder, and in encoders that store its parts."""
-    return facts.kind == "decoder" or any(
-        role.role.startswith("mlm_") for role in roles.values()
-    )
+    return facts.kind == "decoder" or any(role.role.startswith("mlm_") for role in roles.values())
 
 
 def _facts(model_type: Any) -> FamilyFacts:

@@ -92,7 +92,7 @@ class Architecture:
         return self._input_band("o_proj", head.layer, head.head * dim, (head.head + 1) * dim)
 
     def neuron_region(self, neuron: Neuron) -> Region:
-        """The part of `down_proj` that reads one MLP neuron; raises `EditError` if there is none."""
+        """The part of `down_proj` that reads one MLP neuron; raises `EditError` if it has none."""
         self._check("neuron", str(neuron), neuron.layer, neuron.neuron, self.sizes["mlp_width"])
         return self._input_band("down_proj", neuron.layer, neuron.neuron, neuron.neuron + 1)
 

@@ -27,7 +27,7 @@ from surgery.export.tasks import Task
 from surgery.metrics import Observed
 from surgery.metrics.distance import HALF_ULP, ConversionSums, InteractionSums
 from surgery.metrics.divergence import kl_divergence, token_nll, top1_flips
-from surgery.runtimes.child import Outcome
+from surgery.runtimes.child import Outcome, OutputFact
 from surgery.stimuli import Batch
 
 Kept = dict[str, NDArray[Any]]
@@ -120,7 +120,8 @@ def _interface_faults(ran: Ran, workload: Workload, task: Task) -> Iterator[Find
 
 def _generation_faults(ran: Ran) -> Iterator[Finding]:
     for name in ran.corners:
-        stopped = sum(made.nonfinite for made in ran.corners[name].generations()) if _ok(ran, name) else 0
+        made = ran.corners[name].generations() if _ok(ran, name) else ()
+        stopped = sum(generated.nonfinite for generated in made)
         if stopped:
             message = f"{name}: {stopped} greedy responses stopped at logits that are not finite"
             yield Finding("run", "nan", f"{name}/generation", message, float(stopped), 0.0)
@@ -132,7 +133,7 @@ def _batch_faults(ran: Ran, batch: Batch, task: Task) -> Iterator[Finding]:
         for name in names:
             yield from _corner_faults(name, ran.corners[name], batch, task)
         if len(names) == 2:
-            yield from _dtype_faults(ran, torch_corner, onnx_corner, batch, task)
+            yield from _pair_faults(ran, torch_corner, onnx_corner, batch, task)
 
 
 def _corner_faults(name: str, outcome: Outcome, batch: Batch, task: Task) -> Iterator[Finding]:
@@ -152,17 +153,33 @@ def _corner_faults(name: str, outcome: Outcome, batch: Batch, task: Task) -> Ite
             yield Finding("run", "nan", site, message, float(fact.nonfinite), 0.0)
 
 
-def _dtype_faults(
+def _pair_faults(
     ran: Ran, torch_corner: str, onnx_corner: str, batch: Batch, task: Task
 ) -> Iterator[Finding]:
-    ours, theirs = (
-        {fact.name: fact.dtype for fact in ran.corners[name].facts(batch.name).outputs}
-        for name in (torch_corner, onnx_corner)
-    )
-    found, expected = theirs.get(task.output), ours.get(task.output)
-    if found is not None and expected is not None and found != expected:
-        message = f"{onnx_corner}: {task.output} is {found}, in PyTorch it is {expected}"
-        yield Finding("interface", "dtype", f"{onnx_corner}/{task.output}/{batch.name}", message)
+    """Every output PyTorch has is there in ONNX Runtime, with its shape and dtype."""
+    theirs = {fact.name: fact for fact in ran.corners[onnx_corner].facts(batch.name).outputs}
+    judged = bool(ran.corners[onnx_corner].facts(batch.name).problem)
+    for ours in ran.corners[torch_corner].facts(batch.name).outputs:
+        if ours.name == task.output and judged:
+            continue  # `_corner_faults` has said so
+        for symptom, problem in _differences(ours, theirs.get(ours.name)):
+            site = f"{onnx_corner}/{ours.name}/{batch.name}"
+            message = f"{onnx_corner}: {problem} on {quote(batch.name)}"
+            yield Finding("interface", symptom, site, message)
+
+
+def _differences(ours: OutputFact, theirs: OutputFact | None) -> Iterator[tuple[str, str]]:
+    name = ours.name
+    if theirs is None:
+        yield "missing output", f"has no output {name}, which PyTorch has"
+        return
+    if theirs.shape != ours.shape:
+        found, expected = list(theirs.shape), list(ours.shape)
+        yield "shape", f"{name} has shape {found}, in PyTorch {expected}"
+    if theirs.dtype != ours.dtype:
+        yield "dtype", f"{name} is {theirs.dtype}, in PyTorch it is {ours.dtype}"
+    if theirs.padded and not theirs.nonfinite and not ours.padded:
+        yield "nan", f"{theirs.padded} values of {name} are not finite under padding"
 
 
 # ----------------------------------------------------------------------------------- embedding
@@ -337,6 +354,8 @@ def _interaction(sums: Sums, task: Task) -> Iterator[Interaction]:
 def _effects(ran: Ran, workload: Workload, sums: Sums) -> Iterator[Effect]:
     texts = {name: _responses(o, workload) for name, o in ran.corners.items() if _ok(ran, name)}
     for measure in workload.measures:
+        if measure.metric.needs == "token_nll" and not _has_nll(sums, measure.stimulus_set):
+            continue  # no kept position has a next token: asked for, it is "not measured"
         stimuli = workload.of_set(measure.stimulus_set)
         applied = [stimulus for stimulus in stimuli if measure.metric.applies(stimulus)]
         corners = {}
@@ -351,6 +370,12 @@ def _effects(ran: Ran, workload: Workload, sums: Sums) -> Iterator[Effect]:
         yield Effect(
             measure.name, measure.stimulus_set, len(applied), corners, measure.metric.unit
         )
+
+
+def _has_nll(sums: Sums, stimulus_set: str) -> bool:
+    """Whether any corner saw a next token in this set."""
+    seen = (nll for (name, _), nll in sums.nll.items() if name == stimulus_set)
+    return any(len(tokens) for listed in seen for tokens in listed)
 
 
 def _responses(outcome: Outcome, workload: Workload) -> dict[str, str]:

@@ -41,5 +41,6 @@ class AnswerRate(Metric):
 
 
 def starts_with(response: str, answers: tuple[str, ...]) -> bool:
-    """Whether `response`, leading space aside, starts with an answer that ends at a word's end."""
-    return any(re.match(rf"{re.escape(a)}(?!\w)", response.lstrip()) for a in answers)
+    """Whether `response` starts with an answer that ends at a word's end; spaces around either
+    do not count."""
+    return any(re.match(rf"{re.escape(a.strip())}(?!\w)", response.lstrip()) for a in answers)

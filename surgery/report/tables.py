@@ -95,7 +95,7 @@ def _findings(findings: Iterable[Finding]) -> Table:
 
 
 def _effects(effects: Iterable[Effect]) -> Table:
-    headers = ("metric", "set", "n", *CORNERS, "change PyTorch", "change ONNX Runtime", "unit")
+    headers = ("metric", "set", "n", *CORNERS, "Δ PyTorch", "Δ ONNX", "unit")
     rows = (
         (
             e.metric,

@@ -64,7 +64,11 @@ def _table(table: Table) -> RichTable:
     for column, header in enumerate(table.headers):
         right = column in table.numeric
         made.add_column(
-            RichText(header), justify="right" if right else "left", no_wrap=right, overflow="fold"
+            RichText(header),
+            justify="right" if right else "left",
+            # Names and numbers are read whole; only the last columns may wrap.
+            no_wrap=right or column == 0,
+            overflow="fold",
         )
     for row in table.rows:
         made.add_row(*map(RichText, row))

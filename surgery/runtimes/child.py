@@ -44,12 +44,14 @@ class Job:
 
 @dataclass(frozen=True)
 class OutputFact:
-    """One output of one batch; `nonfinite` counts NaN and infinite values at real positions."""
+    """One output of one batch; `nonfinite` counts NaN and infinite values at real positions,
+    `padded` those under padding."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nonfinite: int
+    padded: int = 0
 
 
 @dataclass(frozen=True)

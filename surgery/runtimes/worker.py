@@ -59,6 +59,7 @@ def _run_batch(runtime: Runtime, scratch: Path, number: int, output: str) -> dic
             "dtype": str(array.dtype),
             "shape": list(array.shape),
             "nonfinite": count_nonfinite(array, mask),
+            "padded": count_nonfinite(array, 1 - mask),
         }
         for name, array in outputs.items()
     ]

@@ -109,10 +109,12 @@ def last_positions(batch: Batch) -> NDArray[np.int64]:
 
 
 def digest(batches: Sequence[Batch]) -> str:
-    """SHA-256 over names and contents: the name under which a run can be repeated."""
+    """SHA-256 over names, shapes and contents: the name under which a run can be repeated."""
     hasher = hashlib.sha256()
     for batch in batches:
-        hasher.update(batch.name.encode())
-        for array in (*batch.inputs().values(), batch.selected):
+        arrays = {**batch.inputs(), "selected": batch.selected}
+        shapes = {name: array.shape for name, array in arrays.items()}
+        hasher.update(repr((batch.name, batch.stimulus_set, batch.rows, shapes)).encode())
+        for array in arrays.values():
             hasher.update(np.ascontiguousarray(array).tobytes())
     return hasher.hexdigest()

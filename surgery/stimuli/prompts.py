@@ -17,6 +17,10 @@ MAX_FILE_BYTES = 64 << 20
 TOKENIZER = "tokenizer.json"
 
 
+Answer = Annotated[str, Field(pattern=r"\S")]
+"""An empty answer would start every response."""
+
+
 class _Line(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -24,7 +28,7 @@ class _Line(BaseModel):
     set: Literal["target", "preserve", "probe"]
     prompt: Annotated[str, Field(min_length=1)] | None = None
     input_ids: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
-    answers: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] | None = None
+    answers: dict[str, Annotated[tuple[Answer, ...], Field(min_length=1)]] | None = None
 
     @model_validator(mode="after")
     def _one_input(self) -> _Line:

@@ -1,4 +1,4 @@
-"""Every stored tensor is claimed by exactly one role of the right shape, or the model is refused."""
+"""Every stored tensor is claimed by one role of the right shape, or the model is refused."""
 
 from __future__ import annotations
 

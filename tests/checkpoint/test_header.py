@@ -1,4 +1,4 @@
-"""The header reader refuses every malformed file at once and agrees with the library on the rest."""
+"""The header reader refuses malformed files at once and agrees with the library on the rest."""
 
 from __future__ import annotations
 

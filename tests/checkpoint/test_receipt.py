@@ -56,7 +56,8 @@ def test_every_changed_byte_is_found(
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b"{}", b"[]", b"null", b"\xff", b"{" * 100_000, b'{"a":' * 90_000 + b"1" + b"}" * 90_000,
+        b"", b"{}", b"[]", b"null", b"\xff", b"{" * 99_999,
+        b'{"a":' * 90_000 + b"1" + b"}" * 90_000,
         b'{"self_sha256":NaN}', b'{"self_sha256":"\\ud800"}', b'{"a":1e999,"self_sha256":""}',
         b'{"a":1,"a":1}', seal(RECEIPT) + b"\n", b" " + seal(RECEIPT),
         seal({**RECEIPT, "_type": "other"}), seal({**RECEIPT, "predicateType": "other"}),

@@ -146,6 +146,37 @@ def test_the_stream_between_blocks_is_shifted(
     assert_equivalent(editor, tmp_path / "out", hooked(inputs=shift))
 
 
+MLP_NORM = {
+    "gpt2": "transformer.h.0.ln_2",
+    "llama": "model.layers.0.post_attention_layernorm",
+    "qwen3": "model.layers.0.post_attention_layernorm",
+}
+
+
+@pytest.mark.parametrize("family", MLP_NORM)
+def test_the_middle_of_a_decoder_block_is_what_its_second_norm_and_the_next_block_see(
+    family: str, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    vector = make_sae(tmp_path / "sae", "blocks.0.hook_resid_mid", 32)[3]
+    editor = editor_of(tmp_path, base_of(family), [sae_edit("steer_bias", (3,))])
+    places = (MLP_NORM[family], BLOCK[family].format(1))
+    shift = dict.fromkeys(places, lambda x: x + torch.from_numpy(vector).float())
+    assert_equivalent(editor, tmp_path / "out", hooked(inputs=shift))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("hook", "paths"), [("hook_attn_out", O_PROJ), ("hook_mlp_out", DOWN)])
+def test_what_attention_and_mlp_add_is_shifted(
+    family: str, hook: str, paths: dict[str, str], base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    if (family, hook) == ("qwen3", "hook_mlp_out"):
+        return  # it has no bias there
+    vector = make_sae(tmp_path / "sae", f"blocks.1.{hook}", 32)[3]
+    editor = editor_of(tmp_path, base_of(family), [sae_edit("steer_bias", (3,))])
+    shift = {paths[family].format(1): lambda x: x + torch.from_numpy(vector).float()}
+    assert_equivalent(editor, tmp_path / "out", hooked(outputs=shift))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_head_outputs_are_shifted_before_their_projection(
     family: str, base_of: Callable[..., Path], tmp_path: Path

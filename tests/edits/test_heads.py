@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ O_PROJ = {
     "qwen3": "model.layers.1.self_attn.o_proj.weight",
     "bert": "bert.encoder.layer.1.attention.output.dense.weight",
 }
-SLICES = {
+SLICES: dict[str, Any] = {
     "gpt2": np.s_[16:24],
     "llama": np.s_[:, 16:24],
     "qwen3": np.s_[:, 32:48],

@@ -73,12 +73,16 @@ def test_centred_rows_lose_their_mean(base_of: Callable[..., Path], tmp_path: Pa
     assert np.allclose(added, rows[0] - rows[0].mean(), atol=1e-6)
 
 
-def test_steering_sees_the_edits_before_it(base_of: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("head_first", [True, False])
+def test_steering_sees_the_edits_before_it_and_not_those_after(
+    head_first: bool, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
     """Through a head that an earlier edit zeroed, nothing reaches the bias."""
     vector = make_sae(tmp_path / "sae", "blocks.0.attn.hook_z", 32)[2]
     edits = [{"op": "heads", "heads": ["L0H1"]}, sae_edit("steer_bias", (2,))]
-    output = apply_edits(tmp_path, base_of("gpt2"), edits)
+    output = apply_edits(tmp_path, base_of("gpt2"), edits if head_first else edits[::-1])
     bias, weight = (f"transformer.h.0.attn.c_proj.{kind}" for kind in ("bias", "weight"))
-    vector[8:16] = 0
+    if head_first:
+        vector[8:16] = 0
     added = stored(output, bias).astype(float) - stored(base_of("gpt2"), bias)
     assert np.allclose(added, vector @ stored(base_of("gpt2"), weight), atol=1e-6)

@@ -45,7 +45,7 @@ def run(
 
 
 def left(folder: Path) -> list[str]:
-    return sorted(set(os.listdir(folder)) - {"recipe.json"})
+    return sorted({path.name for path in folder.iterdir()} - {"recipe.json"})
 
 
 def test_a_file_size_limit_is_an_environment_fault_and_leaves_nothing(

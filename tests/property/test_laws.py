@@ -36,15 +36,19 @@ ODD_BITS |= {"float16": [0x7D01, 0xFE01, 0x8000, 0xFC00, 1, 0x8001]}
 
 
 def planted(base: Path, folder: Path, dtype: str, seed: int = 0) -> Path:
-    """A copy of `base` with odd numbers (NaNs with payloads, infinities, -0.0) all over it."""
+    """A copy of `base` with odd numbers (NaNs with payloads, infinities, -0.0) all over it,
+    and each of them in every tensor."""
     shutil.copytree(base, folder)
     size = 4 if dtype == "float32" else 2
     data = bytearray((folder / SINGLE).read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")
     numbers = np.frombuffer(data[start:], f"<u{size}").copy()
-    rng = np.random.default_rng(seed)
+    odd, rng = np.array(ODD_BITS[dtype], numbers.dtype), np.random.default_rng(seed)
     places = rng.choice(numbers.size, numbers.size // 50, replace=False)
-    numbers[places] = rng.choice(np.array(ODD_BITS[dtype], numbers.dtype), places.size)
+    numbers[places] = rng.choice(odd, places.size)
+    for info in Checkpoint.open(base).tensors.values():
+        first = (info.begin - start) // size
+        numbers[first : first + odd.size] = odd
     data[start:] = numbers.tobytes()
     (folder / SINGLE).write_bytes(data)
     return folder
