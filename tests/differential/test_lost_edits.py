@@ -1,0 +1,129 @@
+"""An edited model whose conversion holds another edit: named by lineage, and without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from corners import Case
+from differential import mutants
+from differential.lab import Lab, finding, found
+from models import FAMILIES
+
+from surgery.gate import RHO_NAMES
+
+pytestmark = pytest.mark.xdist_group("differential")
+
+Plant = Callable[..., Path]
+
+
+def edited_names(case: Case) -> list[str]:
+    """The initializers in which both ONNX files differ."""
+    models = [onnx.load(str(path)) for path in (case.onnx, case.edited_onnx)]
+    names = [tensor.name for tensor in models[0].graph.initializer]
+    return [name for name in names if not np.array_equal(*(mutants.weight(m, name) for m in models))]
+
+
+def apply_times(model: onnx.ModelProto, case: Case, times: float, names: list[str]) -> None:
+    """The edited weights become original + `times` x the edit."""
+    before, after = (onnx.load(str(path)) for path in (case.onnx, case.edited_onnx))
+    for name in names:
+        old, new = mutants.weight(before, name), mutants.weight(after, name)
+        mutants.put(model, name, old + np.float32(times) * (new - old))
+
+
+def hide(model: onnx.ModelProto, names: list[str]) -> None:
+    """Names that no tensor has: lineage does not know what these weights should be."""
+    for number, name in enumerate(names):
+        mutants.rename(model, name, f"onnx::MatMul_{number}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lost_edit_is_named_by_lineage_and_by_the_interaction(lab: Lab, family: str) -> None:
+    """The edited ONNX file is the original's."""
+    case = lab.case(family)
+    report = lab.diff_edited(case, edited_onnx=case.onnx)
+    prefix = "bert." if family == "bert" else ""
+    stale = {f.site for f in report.findings if f.symptom == "stale tensor"}
+    assert stale == {f"R_e/{prefix}{name}" for name in edited_names(case)}
+    assert finding(report, "interaction", "the edit was lost").site == "target/"+report.evidence().interaction[0].output
+    assert finding(report, "conversion", "wrong value").site.startswith("C_e/")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lost_edit_that_lineage_cannot_see_is_named_by_the_interaction(
+    lab: Lab, plant: Plant, family: str
+) -> None:
+    case = lab.case(family)
+    names = edited_names(case)
+    path = plant(case.onnx, partial(hide, names=names))
+    report = lab.diff_edited(case, edited_onnx=path)
+    assert found(report) == {("conversion", "wrong value"), ("interaction", "the edit was lost")}
+    assert [row.rho for row in report.evidence().interaction] == pytest.approx([-1] * 3, abs=1e-4)
+    wrong = finding(report, "conversion", "wrong value")
+    assert wrong.site.startswith("C_e/")
+    assert "the conversion of the edited model is at fault" in wrong.message
+
+
+@pytest.mark.parametrize(("times", "rho"), [(0.5, -0.5), (2.0, 1.0)])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_an_edit_applied_half_or_twice_is_named(
+    lab: Lab, plant: Plant, times: float, rho: float, hidden: bool
+) -> None:
+    case = lab.case("bert")
+    names = edited_names(case)
+    defects = [partial(apply_times, case=case, times=times, names=names)]
+    if hidden:
+        defects.append(partial(hide, names=names))
+    report = lab.diff_edited(case, edited_onnx=plant(case.edited_onnx, *defects))
+    named = finding(report, "interaction", RHO_NAMES[rho])
+    assert named.site == "target/last_hidden_state"
+    assert (("lineage", "stale tensor") in found(report)) is not hidden
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("times", [0.5, 2.0])
+def test_where_the_effect_is_far_from_linear_it_is_found_if_not_named(
+    lab: Lab, plant: Plant, family: str, times: float
+) -> None:
+    """Twice an edit this large does not have twice its effect: rho is then between the names."""
+    case = lab.case(family)
+    names = edited_names(case)
+    change = partial(apply_times, case=case, times=times, names=names)
+    path = plant(case.edited_onnx, change, partial(hide, names=names))
+    report = lab.diff_edited(case, edited_onnx=path)
+    stages = {f.stage for f in report.findings}
+    assert (report.verdict, stages) == ("fail", {"conversion", "interaction"})
+
+
+def test_one_stale_tensor_among_the_edited_is_named_and_no_other(lab: Lab, plant: Plant) -> None:
+    case = lab.case("llama")
+    name = edited_names(case)[2]
+    change = partial(apply_times, case=case, times=0.0, names=[name])
+    report = lab.diff_edited(case, edited_onnx=plant(case.edited_onnx, change))
+    stale = [f.site for f in report.findings if f.symptom == "stale tensor"]
+    assert stale == [f"R_e/{name}"]
+    assert finding(report, "conversion", "wrong value").site.startswith("C_e/")
+
+
+def test_a_defect_of_the_converter_is_blamed_on_the_converter(lab: Lab, plant: Plant) -> None:
+    """The same defect in both files: C_o as bad as C_e, and hardly any interaction."""
+    case = lab.case("llama")
+    scale = partial(mutants.scale_epsilons, factor=2.0)
+    original, edited = (plant(path, scale) for path in (case.onnx, case.edited_onnx))
+    report = lab.diff_edited(case, onnx=original, edited_onnx=edited)
+    wrong = [f for f in report.findings if f.stage == "conversion"]
+    assert [f.site.partition("/")[0] for f in wrong] == ["C_o", "C_e"]
+    assert all("the converter is at fault, with or without the edit" in f.message for f in wrong)
+    assert not any(f.stage == "interaction" for f in report.findings)
+
+
+def test_onnx_files_of_original_and_edited_swapped_fail(lab: Lab) -> None:
+    case = lab.case("gpt2")
+    report = lab.diff_edited(case, onnx=case.edited_onnx, edited_onnx=case.onnx)
+    assert {f.site[:3] for f in report.findings if f.stage == "lineage"} == {"R_o", "R_e"}
+    assert [row.rho for row in report.evidence().interaction] == pytest.approx([-2] * 3, abs=1e-4)
