@@ -198,4 +198,3 @@ def _policy(policy: Policy | AnyPath | None) -> Policy:
     if policy is None or isinstance(policy, Policy):
         return policy or BUILT_IN
     return load_policy(policy)
-

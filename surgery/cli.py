@@ -103,11 +103,13 @@ def apply(recipe: Path, model: Path, output: Path, allow_outside: bool) -> None:
     Example: surgery apply recipe.yaml --model model/ --output edited/
     """
     from surgery.api import apply as run
-    from surgery.console import bar
+    from surgery.console import bar, count
 
     with bar("editing") as progress:
         done = run(recipe, model, output, allow_outside=allow_outside, progress=progress)
-    click.echo(f"{output}: {len(done.edited)} tensors edited, receipt {output}/surgery-receipt.json")
+    click.echo(
+        f"{output}: {count(len(done.edited), 'tensor')} edited, see surgery-receipt.json in it"
+    )
 
 
 @cli.command()

@@ -53,9 +53,7 @@ def diff_weights(a: Path, b: Path) -> Comparison:
 
 def _refuse_other_layout(left: Checkpoint, right: Checkpoint) -> None:
     for name in sorted({*left.tensors, *right.tensors}):
-        forms = [
-            (t.dtype, t.shape) for t in (left.tensors.get(name), right.tensors.get(name)) if t
-        ]
+        forms = [(t.dtype, t.shape) for t in (left.tensors.get(name), right.tensors.get(name)) if t]
         if len(forms) != 2 or forms[0] != forms[1]:
             raise CheckpointError(
                 f"{right.root}: {quote(name)} is not there with the same shape and dtype as in "

@@ -75,13 +75,20 @@ def plan_text(found: Plan) -> str:
     for step in found.steps:
         counts.setdefault(step.tensor, []).append(step)
     rows = [
-        (name, own[0].role, str(len(own)), size(sum(map(found.written_bytes, own))), found.tensors[name].file)
+        (
+            name,
+            own[0].role,
+            str(len(own)),
+            size(sum(map(found.written_bytes, own))),
+            found.tensors[name].file,
+        )
         for name, own in list(counts.items())[:MAX_ROWS]
     ]
     lines = [
         table(("tensor", "role", "regions", "written", "file"), rows),
-        f"{len(counts)} tensors in {len(found.edits)} edits; {size(found.edited_bytes)} of weights "
-        f"written, {size(found.disk_bytes)} on disk, about {size(found.peak_bytes)} of memory",
+        f"{count(len(counts), 'tensor')} in {count(len(found.edits), 'edit')}; "
+        f"{size(found.edited_bytes)} of weights written, {size(found.disk_bytes)} on disk, "
+        f"about {size(found.peak_bytes)} of memory",
     ]
     lines += [f"new tensor {tensor.name} in {tensor.file}" for tensor in found.added]
     lines += [f"config.json: {key} becomes {value}" for key, value in found.config.items()]
@@ -138,7 +145,7 @@ def comparison_text(found: Comparison) -> str:
         for change in found.changed[:MAX_ROWS]
     ]
     head = ("tensor", "rows", "columns", "Frobenius", "max", "rank")
-    summary = f"{len(found.changed)} tensors differ, {found.equal} are equal"
+    summary = f"changed: {count(len(found.changed), 'tensor')}; equal: {found.equal}"
     return f"{table(head, rows)}\n{summary}" if rows else summary
 
 
@@ -164,6 +171,10 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in cells
     )
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def size(nbytes: int) -> str:

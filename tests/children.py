@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import CheckpointError
 from surgery import process
+from surgery.errors import CheckpointError
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -20,9 +20,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def effect(report: Report, metric: str, stimulus_set: str) -> dict[str, float]:
-    (found,) = [
-        e for e in report.effects if (e.metric, e.stimulus_set) == (metric, stimulus_set)
-    ]
+    (found,) = [e for e in report.effects if (e.metric, e.stimulus_set) == (metric, stimulus_set)]
     return {runtime: found.change(runtime) for runtime in ("T", "R")}
 
 

@@ -1,7 +1,8 @@
 """Print how far clean conversions lie from float32 noise, and how far an epsilon defect does.
 
 Every figure in `docs/policy.md` comes from here. Random two-layer models of every family, edited
-and converted without any defect, in PyTorch and ONNX Runtime: what a limit must let through.
+and converted without any defect, in PyTorch and ONNX Runtime, larger random ones and the trained
+fixtures: what a limit must let through.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,26 @@ from surgery.evidence import Evidence
 from surgery.export import default_task
 from surgery.pipeline import silent
 from surgery.policy import BUILT_IN
-from surgery.runtimes.child import Limits
+from surgery.process import Limits
 from surgery.stimuli import Stimulus
+from surgery.stimuli.prompts import load_stimuli
 
 DTYPES = ("float32", "bfloat16")
 WIDTHS = (32, 64)
+LAYERS, LARGE, LENGTH = 6, 256, 256
+_LARGER = {
+    "num_hidden_layers": LAYERS,
+    "hidden_size": LARGE,
+    "intermediate_size": 2 * LARGE,
+    "max_position_embeddings": LENGTH,
+}
+LARGER: dict[str, dict[str, int]] = {
+    "gpt2": {"n_layer": LAYERS, "n_embd": LARGE, "n_positions": LENGTH},
+    "llama": _LARGER,
+    "qwen3": {**_LARGER, "head_dim": 64},
+    "bert": _LARGER,
+}
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 EPSILON_FACTORS = (1.01, 1.1, 2.0, 10.0, 1e7)
 
 
@@ -57,6 +73,7 @@ def main() -> None:
         bench = Bench(Path(folder))
         rows = list(bench.clean(options.seeds))
         print_clean(rows)
+        print_larger(list(bench.larger()))
         print_epsilons(list(bench.epsilons(options.epsilon_seeds)))
 
 
@@ -75,6 +92,18 @@ class Bench:
                         evidence = self.measure(self.case(family, seed, dtype, width))
                         yield from rows_of(evidence, family, dtype, width)
                 print(f"{family}, width {width}: measured", file=sys.stderr)
+
+    def larger(self) -> Iterator[tuple[str, Evidence]]:
+        """Title and evidence of larger random models and of the trained fixtures."""
+        for family in FAMILIES:
+            case = self.exporter.case(self.root / f"{family}-larger", family, **LARGER[family])
+            yield f"{family}, width {LARGE}, {LAYERS} layers", self.measure(case)
+        for config in sorted(FIXTURES.glob("*/config.json")):
+            model = config.parent
+            onnx = self.exporter.export(model, self.root / model.name)
+            given = load_stimuli(sorted(model.glob("stimuli/preserve.jsonl")))
+            prompts = tuple(replace(stimulus, answers=None) for stimulus in given)
+            yield f"fixture {model.name}", self.run({"C_o": Pair(model, onnx)}, prompts)
 
     def epsilons(self, seeds: int) -> Iterator[tuple[str, float, float]]:
         """Family, factor on every norm's epsilon, and the worst ratio on C_o."""
@@ -101,8 +130,12 @@ class Bench:
         pairs = {"C_o": Pair(case.model, defect or case.onnx)}
         if defect is None:
             pairs["C_e"] = Pair(case.edited, case.edited_onnx)
-        base, task = Checkpoint.open(case.model), default_task(case.model)
-        workload = make_workload(base, identify(base), task, stimuli(), BUILT_IN)
+        return self.run(pairs, stimuli())
+
+    def run(self, pairs: dict[str, Pair], given: tuple[Stimulus, ...]) -> Evidence:
+        base = Checkpoint.open(pairs["C_o"].model)
+        task = default_task(base.root)
+        workload = make_workload(base, identify(base), task, given, BUILT_IN)
         with self.here.installed():
             return measure(pairs, task, workload, Limits(), silent)
 
@@ -141,6 +174,17 @@ def print_line(quantity: str, models: Any, rows: list[Row]) -> None:
     values = np.array([row.value for row in rows])
     numbers = (np.median(values), np.quantile(values, 0.99), values.max())
     print(f"| {quantity} | {models} | {len(values)} |", " | ".join(f"{n:.3g}" for n in numbers), "|")
+
+
+def print_larger(found: list[tuple[str, Evidence]]) -> None:
+    print("\n| model | C ratio_max | C ratio_l2 | I noise_ratio |")
+    print("|---|---:|---:|---:|")
+    for title, evidence in found:
+        worst = max(row.ratio_max for row in evidence.conversion)
+        l2 = max(row.ratio_l2 for row in evidence.conversion)
+        interaction = max((row.noise_ratio for row in evidence.interaction), default=None)
+        shown = "–" if interaction is None else f"{interaction:.3g}"
+        print(f"| {title} | {worst:.3g} | {l2:.3g} | {shown} |")
 
 
 def print_epsilons(found: list[tuple[str, float, float]]) -> None:

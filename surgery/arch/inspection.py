@@ -43,7 +43,7 @@ class Inspection:
 
 
 def inspect(model: Path) -> Inspection:
-    """Reads the headers of checkpoint folder `model`; raises `InputError` where it cannot be used."""
+    """Reads the headers of checkpoint folder `model`; raises `InputError` for an unusable one."""
     checkpoint = Checkpoint.open(model)
     arch = identify(checkpoint)
     rows = tuple(
@@ -71,4 +71,3 @@ def inspect(model: Path) -> Inspection:
         rows,
         checkpoint.not_carried,
     )
-

@@ -32,4 +32,3 @@ def measure(
         ran = run_corners(pairs, task, workload, Path(scratch), limits, progress)
         progress("comparison")
         return compare(ran, workload, task)
-

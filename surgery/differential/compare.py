@@ -114,7 +114,9 @@ def _interface_faults(ran: Ran, workload: Workload, task: Task) -> Iterator[Find
     yield from _generation_faults(ran)
     for name, outcome in ran.references.items():
         if outcome.status != "ok":
-            message = f"the float64 reference of {name} ended with {outcome.status}: {outcome.detail}"
+            message = (
+                f"the float64 reference of {name} ended with {outcome.status}: {outcome.detail}"
+            )
             yield Finding("run", outcome.status, f"{name} in float64", message)
 
 
@@ -367,9 +369,7 @@ def _effects(ran: Ran, workload: Workload, sums: Sums) -> Iterator[Effect]:
                 np.concatenate(nll) if nll else np.empty(0),
             )
             corners[name] = measure.metric.score(observed)
-        yield Effect(
-            measure.name, measure.stimulus_set, len(applied), corners, measure.metric.unit
-        )
+        yield Effect(measure.name, measure.stimulus_set, len(applied), corners, measure.metric.unit)
 
 
 def _has_nll(sums: Sums, stimulus_set: str) -> bool:

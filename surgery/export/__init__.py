@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import ExportError, InputError, quote
 from surgery import process
+from surgery.errors import ExportError, InputError, quote
 from surgery.export.tasks import TASKS, Task, default_task, find_task
 
 __all__ = [

@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import OnnxError, quote
 from surgery import process
+from surgery.errors import OnnxError, quote
 from surgery.export.external import location
 from surgery.export.onnxgraph import Scope, check_function, check_graph, check_opsets
 

@@ -25,12 +25,12 @@ def make_metric(name: str) -> Metric:
 
     Raises `PolicyError` for an unknown name or a missing or superfluous argument.
     """
-    head, colon, argument = name.partition(":")
+    head, _, argument = name.partition(":")
     try:
-        metric: Metric = METRICS[head](argument) if colon else METRICS[head]()
+        metric: Metric = METRICS[head](argument) if argument else METRICS[head]()
     except KeyError as error:
         raise PolicyError(str(error.args[0])) from None
     except TypeError:
-        fix = "takes no argument" if colon else f"needs an argument, as in {head}:NAME"
+        fix = "takes no argument" if argument else f"needs an argument, as in {head}:NAME"
         raise PolicyError(f"metric {head!r} {fix}") from None
     return metric

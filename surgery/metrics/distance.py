@@ -67,7 +67,8 @@ class ConversionSums:
         self.difference.add(difference)
         # Relative to the position's largest value: single logits pass through zero.
         span = np.abs(wide_t).max(axis=-1, keepdims=True)
-        self.relative.add(difference / np.maximum(span, np.finfo(np.float64).tiny))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            self.relative.add(np.where(difference == 0, 0.0, difference / span))
         self.positions += len(wide_t)
         self.noise.add(wide_t - reference)
         self.error.add(wide_r - reference)
@@ -147,7 +148,7 @@ class InteractionSums:
 
 
 def divide(a: float, b: float) -> float:
-    """a / b, with 0 / 0 = 0 (no error over no noise) and a / 0 infinite."""
+    """a / b, with 0 / 0 = 0 (no error over no noise) and a / 0 infinite; NaN stays NaN."""
     if b == 0:
-        return 0.0 if a == 0 else float("inf")
+        return 0.0 if a == 0 else a * float("inf")
     return a / b

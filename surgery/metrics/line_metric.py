@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from surgery.errors import PolicyError
 from surgery.metrics.interface import Metric, Needs, Observed
-from surgery.metrics.line_pass_rate import line_pass_rate
+from surgery.metrics.line_pass_rate import langid_detector, line_pass_rate
 from surgery.stimuli import Stimulus
 
 RESPONSE_TOKENS = 32
@@ -23,7 +24,11 @@ class LinePassRate(Metric):
     needs: ClassVar[Needs] = "responses"
 
     def __init__(self, candidates: str = "") -> None:
-        self.candidates = candidates.split(",") if candidates else None
+        # The model is read once, and a language it lacks is an error before anything runs.
+        try:
+            self.detect = langid_detector(candidates.split(",") if candidates else None)
+        except ValueError as error:
+            raise PolicyError(f"line_pass_rate:{candidates}: {error}") from None
 
     def new_tokens(self, longest_answer: int) -> int:
         return RESPONSE_TOKENS
@@ -38,4 +43,4 @@ class LinePassRate(Metric):
             if self.applies(stimulus)
         ]
         responses, languages = [r for r, _ in judged], [a for _, a in judged]
-        return line_pass_rate(responses, languages, candidates=self.candidates)
+        return line_pass_rate(responses, languages, detect=self.detect)

@@ -171,8 +171,14 @@ def _conversion(conversion: Iterable[Conversion]) -> Table:
 def _interaction(report: Report) -> Table:
     headers = ("set", "output", "‖E‖", "‖I‖", "‖I‖/‖E‖", "ρ", "noise", "‖I‖/noise")
     rows = (
-        (i.stimulus_set, i.output, *map(number, (i.effect, i.norm, i.ratio)))
-        + (signed(i.rho), number(i.noise), number(i.noise_ratio))
+        (
+            i.stimulus_set,
+            i.output,
+            *map(number, (i.effect, i.norm, i.ratio)),
+            signed(i.rho),
+            number(i.noise),
+            number(i.noise_ratio),
+        )
         for i in report.interaction
     )
     return _table("Interaction", headers, rows, 2, 3, 4, 5, 6, 7)
@@ -182,8 +188,15 @@ def _corners(report: Report) -> Table:
     headers = ("corner", "runtime", "model", "status", "seconds", "peak MiB", "batches")
     named = ((name, report.corners[name]) for name in CORNERS if name in report.corners)
     rows = (
-        (name, c.runtime, c.model, c.status, number(c.seconds))
-        + (number(c.peak_bytes / 2**20), number(c.batches))
+        (
+            name,
+            c.runtime,
+            c.model,
+            c.status,
+            number(c.seconds),
+            number(c.peak_bytes / 2**20),
+            number(c.batches),
+        )
         for name, c in named
     )
     return _table("Corners", headers, rows, 4, 5, 6)

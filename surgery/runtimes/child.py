@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import surgery.errors
-from surgery.errors import EnvironmentFault, InputError, quote
 from surgery import process
+from surgery.errors import EnvironmentFault, InputError, quote
 from surgery.process import Limits
 from surgery.runtimes.generate import Generated, Generation
 from surgery.runtimes.interface import ModelRef

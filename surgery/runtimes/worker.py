@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from surgery.errors import OnnxError
 from surgery import process
+from surgery.errors import OnnxError
 from surgery.export.tasks import find_task
 from surgery.runtimes import RUNTIMES
 from surgery.runtimes.child import batch_file, kept_file

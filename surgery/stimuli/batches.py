@@ -81,7 +81,9 @@ def pad(
     return Batch(name, stimulus_set, tokens, mask, positions, np.argwhere(mask == 1), rows)
 
 
-def within_budget(batches: Sequence[Batch], position_bytes: int, budget: int, seed: int) -> list[Batch]:
+def within_budget(
+    batches: Sequence[Batch], position_bytes: int, budget: int, seed: int
+) -> list[Batch]:
     """`batches` with as many selected positions as fit in `budget` bytes of output.
 
     `position_bytes` is the size of one position's output. The last real position of every row
@@ -91,7 +93,11 @@ def within_budget(batches: Sequence[Batch], position_bytes: int, budget: int, se
     last = sum(len(batch.rows) for batch in batches)
     total = sum(len(batch.selected) for batch in batches)
     share = (budget // position_bytes - last) / max(1, total - last)
-    return [_sample(batch, max(0.0, share), generator) for batch in batches] if share < 1 else list(batches)
+    return (
+        [_sample(batch, max(0.0, share), generator) for batch in batches]
+        if share < 1
+        else list(batches)
+    )
 
 
 def _sample(batch: Batch, share: float, generator: np.random.Generator) -> Batch:

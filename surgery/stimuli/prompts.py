@@ -49,7 +49,9 @@ def load_stimuli(paths: Iterable[Path]) -> tuple[Stimulus, ...]:
             if line.strip():
                 stimulus = _parse(line, str(path), number)
                 if stimulus.id in found:
-                    raise StimuliError(f"{path}: id {quote(stimulus.id)} comes twice (line {number})")
+                    raise StimuliError(
+                        f"{path}: id {quote(stimulus.id)} comes twice (line {number})"
+                    )
                 found[stimulus.id] = stimulus
     return tuple(found.values())
 
@@ -103,7 +105,8 @@ def tokens_of(
             )
         if max(ids) >= vocab:
             raise StimuliError(
-                f"stimulus {quote(stimulus.id)}: token id {max(ids)} is out of range 0 to {vocab - 1}"
+                f"stimulus {quote(stimulus.id)}: token id {max(ids)} is out of range "
+                f"0 to {vocab - 1}"
             )
         found[stimulus.id] = ids
     return found

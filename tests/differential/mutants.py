@@ -121,6 +121,16 @@ def narrow_ids(model: ModelProto) -> None:
     )
 
 
+def hide_lookup(model: ModelProto, name: str) -> None:
+    """The embedding's lookup by an operator that nobody looks for; the same numbers."""
+    lookup = next(node for node in model.graph.node if name in node.input)
+    lookup.op_type, lookup.input[1] = "GatherND", "ids.column"
+    del lookup.attribute[:]
+    axis = numpy_helper.from_array(np.array([2], np.int64), "ids.axis")
+    model.graph.initializer.append(axis)
+    _prepend(model, helper.make_node("Unsqueeze", ["input_ids", "ids.axis"], ["ids.column"]))
+
+
 def look_ahead(model: ModelProto) -> None:
     """Attention to later tokens: the causal comparison compares a position with itself."""
     for node in model.graph.node:

@@ -44,7 +44,8 @@ def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_names_are_no_markdown() -> None:
     hostile = "a|b [x](http://e.org) <img> @you `c` *d* www.e.org &lt;"
     assert escape(hostile) == (
-        "a\\|b \\[x\\](http&#58;//e.org) &lt;img&gt; &#64;you \\`c\\` \\*d\\* www&#46;e.org &amp;lt;"
+        "a\\|b \\[x\\](http&#58;//e.org) &lt;img&gt; &#64;you \\`c\\` \\*d\\* "
+        "www&#46;e.org &amp;lt;"
     )
 
 
