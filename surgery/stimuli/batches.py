@@ -87,25 +87,27 @@ def within_budget(
     """`batches` with as many selected positions as fit in `budget` bytes of output.
 
     `position_bytes` is the size of one position's output. The last real position of every row
-    always stays; of the others, a seeded sample.
+    always stays, even past the budget; of the others, a seeded sample.
     """
-    generator = np.random.default_rng(seed)
-    last = sum(len(batch.rows) for batch in batches)
-    total = sum(len(batch.selected) for batch in batches)
-    share = (budget // position_bytes - last) / max(1, total - last)
-    return (
-        [_sample(batch, max(0.0, share), generator) for batch in batches]
-        if share < 1
-        else list(batches)
-    )
+    kept = [_is_last(batch) for batch in batches]
+    room = budget // position_bytes - sum(int(last.sum()) for last in kept)
+    others = [(number, index) for number, last in enumerate(kept) for index in np.where(~last)[0]]
+    if len(others) <= room:
+        return list(batches)
+    order = np.random.default_rng(seed).permutation(len(others))
+    for chosen in order[: max(0, room)]:
+        number, index = others[chosen]
+        kept[number][index] = True
+    return [
+        replace(batch, selected=batch.selected[own])
+        for batch, own in zip(batches, kept, strict=True)
+    ]
 
 
-def _sample(batch: Batch, share: float, generator: np.random.Generator) -> Batch:
-    last = last_positions(batch)
-    kept = generator.random(len(batch.selected)) < share
-    for row, column in enumerate(last):
-        kept |= (batch.selected == (row, column)).all(axis=1)
-    return replace(batch, selected=batch.selected[kept])
+def _is_last(batch: Batch) -> NDArray[np.bool_]:
+    """Which selected positions are the last real ones of their rows."""
+    row, column = batch.selected.T
+    return np.asarray(column == last_positions(batch)[row], np.bool_)
 
 
 def last_positions(batch: Batch) -> NDArray[np.int64]:
