@@ -25,7 +25,7 @@ demo: $(SETUP)
 	$(BIN)/surgery demo --output demo
 
 test: $(SETUP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -113,5 +113,15 @@ class Region:
         axes = zip(self.start, self.stop, other.start, other.stop, strict=True)
         return self.tensor == other.tensor and all(max(a, c) < min(b, d) for a, b, c, d in axes)
 
+    def intersection(self, other: Region) -> Region:
+        """The box both share; only for regions that overlap."""
+        start = tuple(map(max, self.start, other.start))
+        return Region(self.tensor, start, tuple(map(min, self.stop, other.stop)))
+
+    def within(self, outer: Region) -> tuple[slice, ...]:
+        """The slices of this region in an array that holds just `outer`."""
+        pairs = zip(self.slices, outer.start, strict=True)
+        return tuple(slice(s.start - offset, s.stop - offset) for s, offset in pairs)
+
     def __str__(self) -> str:
         return f"{self.tensor}[{', '.join(f'{s.start}:{s.stop}' for s in self.slices)}]"

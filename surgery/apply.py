@@ -7,9 +7,12 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -17,18 +20,18 @@ from numpy.typing import NDArray
 
 from surgery.addresses import Region
 from surgery.checkpoint import CONFIG, INDEX, RECEIPT, Checkpoint, Staging, TensorInfo
-from surgery.checkpoint.dtypes import compute_dtype, numpy_dtype
+from surgery.checkpoint.dtypes import numpy_dtype
 from surgery.checkpoint.files import read_small, sha256_file
-from surgery.checkpoint.layout import NewTensor, extended_index
+from surgery.checkpoint.layout import extended_index
 from surgery.checkpoint.receipt import EDIT_PREDICATE, seal, statement
-from surgery.edits.engine import round_once
-from surgery.edits.interface import Array
+from surgery.checkpoint.stream import Copied, Patch, copy
+from surgery.editor import Editor, bands, row_bytes
 from surgery.errors import CheckpointError
 from surgery.modelcard import MODEL_CARD, describe_edit
 from surgery.plan import Plan, Step, plan
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much is done and how much there is to do."""
+"""Called with the file being written, the bytes done and the bytes there are to do."""
 
 
 @dataclass(frozen=True)
@@ -58,107 +61,172 @@ def apply(
 
 def apply_plan(plan: Plan, output: Path, progress: Progress | None = None) -> Applied:
     """Writes the edited checkpoint of `plan` to folder `output`."""
-    editor = Editor(plan)
     with Staging(output, (plan.base.root,)) as staging:
-        base_digests, digests = _copy(plan, staging)
-        records = []
-        for done, tensor in enumerate(plan.edited):
-            records.append(_edit_tensor(editor, tensor, staging.path))
-            if progress is not None:
-                progress(tensor, done + 1, len(plan.edited))
-        for file in {plan.tensors[tensor].file for tensor in plan.edited} | {
-            tensor.file for tensor in plan.added
-        }:
-            digests[file] = sha256_file(staging.path / file)
-        receipt = statement(digests, EDIT_PREDICATE, _predicate(plan, base_digests, records))
+        _check_space(plan, staging)
+        base_digests, digests = _copy_side_files(plan, staging)
+        shards = _write_shards(plan, Editor(plan), staging.path, progress)
+        base_digests |= {file: copied.source for file, copied in shards.copied.items()}
+        digests |= {file: copied.target for file, copied in shards.copied.items()}
+        receipt = statement(digests, EDIT_PREDICATE, _predicate(plan, base_digests, shards.records))
         staging.write(RECEIPT, seal(receipt))
         staging.commit()
     return Applied(output, plan.edited, receipt)
 
 
-@dataclass
-class Editor:
-    """Computes edited tensors of a plan; prepares each edit's state once, when first needed."""
+def _check_space(plan: Plan, staging: Staging) -> None:
+    """Raises `EnvironmentFault` before the first byte if the disk cannot hold the result."""
+    side = sum(plan.base.path(file).stat().st_size for file in plan.base.side_files)
+    staging.require(plan.disk_bytes + side)
 
-    plan: Plan
-    _states: dict[int, Any] = field(default_factory=dict)
 
-    def state(self, edit: int) -> Any:
-        """What edit number `edit` prepared, from tensors as the edits before it left them."""
-        if edit not in self._states:
-            reader = _EarlierEdits(self, edit)
-            self._states[edit] = self.plan.edits[edit].prepare(self.plan.arch, reader)
-        return self._states[edit]
-
-    def stored(self, tensor: str) -> NDArray[Any]:
-        """The tensor before any edit, in its stored dtype; what an addition starts from."""
-        if tensor in self.plan.base.tensors:
-            return self.plan.base.read(tensor)
-        new = next(new for new in self.plan.added if new.name == tensor)
-        dtype = numpy_dtype(new.dtype)
-        return self.plan.base.read(new.source) if new.source else np.zeros(new.shape, dtype)
-
-    def unrounded(self, tensor: str, before_edit: int | None = None) -> Array:
-        """The tensor after every edit (or those before number `before_edit`), in compute dtype."""
-        numbers = self._widened(tensor, self.stored(tensor))
-        steps = self.plan.steps_of(tensor)
-        chosen = [s for s in steps if before_edit is None or s.edit < before_edit]
-        return self._run(numbers, chosen, Region.whole(tensor, numbers.shape))
-
-    def rows(self, tensor: str, stored: NDArray[Any], rows: Region) -> NDArray[Any]:
-        """`stored`, the rows `rows` of a tensor, after every edit, rounded once."""
-        numbers = self._widened(tensor, stored)
-        edited = self._run(numbers, self.plan.steps_of(tensor), rows)
-        return round_once(rows, stored, edited)
-
-    def _widened(self, tensor: str, stored: NDArray[Any]) -> Array:
-        with np.errstate(invalid="ignore"):  # a signalling NaN is a number like any other here
-            return stored.astype(compute_dtype(self.plan.tensors[tensor].dtype))
-
-    def _run(self, numbers: Array, steps: Any, rows: Region) -> Array:
-        with np.errstate(over="ignore", invalid="ignore"):
-            for step in steps:
-                edit, region = self.plan.edits[step.edit], step.target.region
-                window = _within(region, rows)
-                numbers[window] = edit.transform(numbers[window], region, self.state(step.edit))
-        return numbers
+def _write_shards(plan: Plan, editor: Editor, folder: Path, progress: Progress | None) -> _Shards:
+    """Copies every shard, edited on the way, as many at a time as there are cores."""
+    editor.prepare_all()
+    records = {tensor: _TensorRecord(plan, tensor) for tensor in plan.edited}
+    meter = _Meter(plan.disk_bytes, progress)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        jobs = {
+            file: pool.submit(_write_shard, plan, editor, folder, file, records, meter)
+            for file in plan.headers
+        }
+        try:
+            copied = {file: job.result() for file, job in jobs.items()}
+        except BaseException:
+            meter.cancel()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return _Shards(copied, [records[tensor].to_json() for tensor in plan.edited])
 
 
 @dataclass(frozen=True)
-class _EarlierEdits:
-    editor: Editor
-    edit: int
-
-    def read(self, tensor: str) -> Array:
-        return self.editor.unrounded(tensor, before_edit=self.edit)
+class _Shards:
+    copied: dict[str, Copied]
+    records: list[dict[str, Any]]
 
 
-def spanned_rows(steps: tuple[Step, ...], info: TensorInfo) -> Region:
-    """The smallest band of whole rows (first axis) that holds every region of `steps`."""
-    if not info.shape:
-        return Region.whole(info.name, info.shape)
-    start = min(step.target.region.start[0] for step in steps)
-    stop = max(step.target.region.stop[0] for step in steps)
-    return Region.band(info.name, info.shape, 0, start, stop)
+class _Meter:
+    """Adds up the bytes that threads have done, and stops them when one has failed."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total, self._progress = total, progress
+        self._done, self._lock, self._cancelled = 0, Lock(), False
+
+    def advance(self, file: str, nbytes: int) -> None:
+        """Raises `CancelledError` once `cancel` was called."""
+        if self._cancelled:
+            raise CancelledError
+        with self._lock:
+            self._done += nbytes
+            if self._progress is not None:
+                self._progress(file, self._done, self._total)
+
+    def cancel(self) -> None:
+        self._cancelled = True
 
 
-def _within(region: Region, rows: Region) -> tuple[slice, ...]:
-    pairs = zip(region.slices, rows.start, strict=True)
-    return tuple(slice(s.start - offset, s.stop - offset) for s, offset in pairs)
+def _write_shard(
+    plan: Plan,
+    editor: Editor,
+    folder: Path,
+    file: str,
+    records: dict[str, _TensorRecord],
+    meter: _Meter,
+) -> Copied:
+    old, new = plan.base.headers[file], plan.headers[file]
+    patches = [
+        patch
+        for info in sorted(old.tensors.values(), key=lambda info: info.begin)
+        if info.name in records
+        for patch in _patches(editor, info, records[info.name])
+    ]
+    extended = new is not old
+    return copy(
+        plan.base.path(file),
+        folder / file,
+        head=len(new.raw).to_bytes(8, "little") + new.raw if extended else None,
+        skip=old.data_start if extended else 0,
+        patches=patches,
+        tail=_appended(editor, file, records),
+        advance=partial(meter.advance, file),
+    )
 
 
-def _copy(plan: Plan, staging: Staging) -> tuple[dict[str, str], dict[str, str]]:
-    """Copies every file of the base; returns the digests of what was read and of what was
-    written, the latter not yet right for weight files that edits will touch."""
-    base = plan.base
-    read = {file: _copy_shard(plan, staging, file) for file in base.headers}
-    written = dict(read)
+def _patches(editor: Editor, info: TensorInfo, record: _TensorRecord) -> Iterator[Patch]:
+    """One patch per band of rows of an edited tensor, its offsets those of the base file."""
+    for rows in bands(info):
+        begin = info.begin + (rows.start[0] * row_bytes(info) if rows.start else 0)
+        size = rows.size * numpy_dtype(info.dtype).itemsize
+        yield Patch(begin, begin + size, partial(_edit_band, editor, rows, record))
+
+
+def _edit_band(editor: Editor, rows: Region, record: _TensorRecord, raw: bytearray) -> bytes:
+    info = editor.plan.tensors[rows.tensor]
+    old = np.frombuffer(raw, numpy_dtype(info.dtype)).reshape(rows.shape)
+    return record.add(old, editor.edited(rows, old))
+
+
+def _appended(editor: Editor, file: str, records: dict[str, _TensorRecord]) -> Iterator[bytes]:
+    """The bytes of every added tensor of a shard, in the order of its header."""
+    for tensor in editor.plan.added:
+        if tensor.file == file:
+            for rows, old in editor.slabs(tensor.name):
+                new = editor.edited(rows, old)
+                record = records.get(tensor.name)
+                yield record.add(old, new) if record else new.tobytes()
+
+
+class _TensorRecord:
+    """The receipt's record of one edited tensor, gathered band by band in row order."""
+
+    def __init__(self, plan: Plan, tensor: str) -> None:
+        self._plan, self._tensor = plan, tensor
+        self._before, self._after = hashlib.sha256(), hashlib.sha256()
+        self._squares, self._largest, self._changed = 0.0, 0.0, 0
+
+    def add(self, old: NDArray[Any], new: NDArray[Any]) -> bytes:
+        """Counts a band in; returns its new bytes."""
+        before, after = old.tobytes(), new.tobytes()
+        self._before.update(before)
+        self._after.update(after)
+        if before != after:
+            with np.errstate(invalid="ignore", over="ignore"):
+                change = new.astype(np.float64) - old.astype(np.float64)
+                self._squares += float(np.square(change).sum())
+            self._largest = float(np.max([self._largest, np.abs(change).max()]))
+            self._changed += int(np.count_nonzero(change))
+        return after
+
+    def to_json(self) -> dict[str, Any]:
+        """Norms are text: JSON has no NaN, and a source may hold some."""
+        plan, info = self._plan, self._plan.tensors[self._tensor]
+        steps = plan.steps_of(self._tensor)
+        stored = self._tensor in plan.base.tensors
+        return {
+            "name": self._tensor,
+            "role": steps[0].role,
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "before_sha256": self._before.hexdigest() if stored else None,
+            "after_sha256": self._after.hexdigest(),
+            "edits": _edit_records(plan, steps),
+            "change": {
+                "frobenius": repr(float(np.sqrt(self._squares))),
+                "max_abs": repr(self._largest),
+                "elements": repr(self._changed),
+            },
+        }
+
+
+def _copy_side_files(plan: Plan, staging: Staging) -> tuple[dict[str, str], dict[str, str]]:
+    """Everything but the shards; the digests of what was read and of what was written."""
+    base, read, written = plan.base, {}, {}
     replaced = replacements(plan, base.root.resolve().name)
-    for file in [*base.side_files, *set(base.weight_files) - set(read)]:
+    for file in [*base.side_files, *set(base.weight_files) - set(base.headers)]:
         if file in replaced:
             read[file] = sha256_file(base.path(file))
         else:
-            read[file] = written[file] = staging.copy(base.path(file), file)
+            copied = copy(base.path(file), staging.place(file))
+            read[file] = written[file] = copied.target
     for file, text in replaced.items():
         written[file] = staging.write(file, text)
     return read, written
@@ -178,48 +246,6 @@ def replacements(plan: Plan, base_name: str) -> dict[str, bytes]:
     return replaced
 
 
-def _copy_shard(plan: Plan, staging: Staging, file: str) -> str:
-    old, new = plan.base.headers[file], plan.headers[file]
-    if new is old:
-        return staging.copy(plan.base.path(file), file)
-    prefix = len(new.raw).to_bytes(8, "little") + new.raw
-    digest = staging.copy(plan.base.path(file), file, prefix=prefix, skip=old.data_start)
-    with (staging.path / file).open("ab") as output:
-        for tensor in plan.added:
-            if tensor.file == file:
-                output.write(_initial_bytes(plan.base, tensor))
-    return digest
-
-
-def _initial_bytes(base: Checkpoint, tensor: NewTensor) -> bytes:
-    return bytes(base.read_bytes(tensor.source) if tensor.source else tensor.nbytes)
-
-
-def _edit_tensor(editor: Editor, tensor: str, folder: Path) -> dict[str, Any]:
-    """Rewrites the regions of one tensor in its staged file; returns the receipt's record."""
-    plan, info = editor.plan, editor.plan.tensors[tensor]
-    steps = plan.steps_of(tensor)
-    rows = spanned_rows(steps, info)
-    stored = np.ascontiguousarray(editor.stored(tensor))
-    before = hashlib.sha256(stored.tobytes()).hexdigest()
-    old = stored[rows.slices]
-    new = editor.rows(tensor, old, rows)
-    begin = info.begin + (stored[: rows.start[0]].nbytes if rows.start else 0)
-    _write_at(folder / info.file, begin, new.tobytes())
-    stored = stored.copy()
-    stored[rows.slices] = new
-    return {
-        "name": tensor,
-        "role": steps[0].role,
-        "dtype": info.dtype,
-        "shape": list(info.shape),
-        "before_sha256": before if tensor in plan.base.tensors else None,
-        "after_sha256": hashlib.sha256(stored.tobytes()).hexdigest(),
-        "edits": _edit_records(plan, steps),
-        "change": _norms(old, new),
-    }
-
-
 def _edit_records(plan: Plan, steps: tuple[Step, ...]) -> list[dict[str, Any]]:
     grouped: dict[int, list[Step]] = {}
     for step in steps:
@@ -235,28 +261,6 @@ def _edit_records(plan: Plan, steps: tuple[Step, ...]) -> list[dict[str, Any]]:
         }
         for index, own in grouped.items()
     ]
-
-
-def _norms(old: NDArray[Any], new: NDArray[Any]) -> dict[str, str]:
-    """Norms of the change as text: JSON has no NaN, and a source may hold some."""
-    with np.errstate(invalid="ignore"):
-        change = new.astype(np.float64) - old.astype(np.float64)
-    return {
-        "frobenius": repr(float(np.linalg.norm(change))),
-        "max_abs": repr(float(np.abs(change).max(initial=0))),
-        "elements": repr(int(np.count_nonzero(change))),
-    }
-
-
-def _write_at(path: Path, offset: int, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY)
-    try:
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(descriptor, view, offset)
-            view, offset = view[written:], offset + written
-    finally:
-        os.close(descriptor)
 
 
 def _predicate(

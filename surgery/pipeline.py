@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ from surgery.apply import apply, environment
 from surgery.arch import identify
 from surgery.checkpoint import Checkpoint, Staging
 from surgery.checkpoint.files import sha256_file
-from surgery.differential import DEFAULT_SEED, Limits, Pair, make_workload, measure
+from surgery.differential import DEFAULT_SEED, Limits, Pair, Workload, make_workload, measure
 from surgery.errors import InputError
 from surgery.evidence import EDGES
-from surgery.export import default_task, export_in_child, find_task, onnxfile
+from surgery.export import Task, default_task, export_in_child, find_task, onnxfile
 from surgery.gate import judge
 from surgery.localize import stale_tensors
 from surgery.policy import BUILT_IN, Policy
@@ -57,6 +57,7 @@ def diff(
     models = {"C_o": model} | ({"C_e": edited} if edited else {})
     given = {"C_o": onnx, "C_e": edited_onnx}
     _check_same_shape(model, edited)
+    asked = _ask(model, stimuli, policy, task, seed)
     with tempfile.TemporaryDirectory(prefix="surgery-onnx-") as scratch:
         pairs = {
             edge: Pair(folder, given[edge] or Path(scratch) / ONNX[edge] / MODEL)
@@ -69,7 +70,7 @@ def diff(
             else:
                 progress(f"export of {pair.model}")
                 export_in_child(pair.model, pair.onnx.parent, task=task)
-        return _report(pairs, stimuli, policy, task, seed, limits or Limits(), progress)
+        return _report(pairs, asked, stimuli, policy, limits or Limits(), progress)
 
 
 def validate(
@@ -90,7 +91,7 @@ def validate(
     `output` gets `edited/`, `onnx/original/`, `onnx/edited/`, `report.json` and `report.html`,
     whatever the verdict; where an input cannot be used it does not appear at all.
     """
-    load_stimuli(stimuli)  # a typing error there should not cost an export
+    asked = _ask(model, stimuli, policy, task, seed)
     with Staging(output, (model,)) as staging:
         progress("edit")
         edited = staging.path / EDITED
@@ -103,7 +104,7 @@ def validate(
             progress(f"export of {ONNX[edge].removeprefix('onnx/')}")
             export_in_child(pair.model, pair.onnx.parent, task=task)
         bounds = limits or Limits()
-        report = _report(pairs, stimuli, policy, task, seed, bounds, progress, staging.path)
+        report = _report(pairs, asked, stimuli, policy, bounds, progress, staging.path)
         staging.write(REPORT_JSON, render(report, "json").encode())
         staging.write(REPORT_HTML, render(report, "html").encode())
         staging.commit()
@@ -122,21 +123,32 @@ def _check_same_shape(model: Path, edited: Path | None) -> None:
             )
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What every corner is asked; made first, so that bad input costs no export."""
+
+    task: Task
+    workload: Workload
+
+
+def _ask(
+    model: Path, stimuli: Sequence[Path], policy: Policy, task: str | None, seed: int
+) -> _Asked:
+    wanted = find_task(task) if task else default_task(model)
+    base, given = Checkpoint.open(model), load_stimuli(stimuli)
+    return _Asked(wanted, make_workload(base, identify(base), wanted, given, policy, seed))
+
+
 def _report(
     pairs: dict[str, Pair],
+    asked: _Asked,
     stimuli: Sequence[Path],
     policy: Policy,
-    task: str | None,
-    seed: int,
     limits: Limits,
     progress: Progress,
     root: Path | None = None,
 ) -> Report:
-    model = pairs["C_o"].model
-    wanted = find_task(task) if task else default_task(model)
-    base = Checkpoint.open(model)
-    workload = make_workload(base, identify(base), wanted, load_stimuli(stimuli), policy, seed)
-    evidence = measure(pairs, wanted, workload, limits, progress)
+    evidence = measure(pairs, asked.task, asked.workload, limits, progress)
     progress("lineage")
     faults = (*stale_tensors(pairs), *evidence.faults)
     evidence = replace(evidence, faults=faults)
@@ -144,7 +156,7 @@ def _report(
         **{EDGES[edge][0]: _weights(pair.model, root) for edge, pair in pairs.items()},
         **{EDGES[edge][1]: _onnx(pair.onnx, root) for edge, pair in pairs.items()},
         **{f"stimuli {number}": _file(path, root) for number, path in enumerate(stimuli)},
-        "workload": {"task": wanted.name, **workload.describe()},
+        "workload": {"task": asked.task.name, **asked.workload.describe()},
     }
     verdict = judge(evidence, policy)
     return Report.build(evidence, verdict, policy, _environment(), inputs)

@@ -88,6 +88,8 @@ def run(module: str, arguments: Mapping[str, Any], folder: Path, limits: Limits)
         child = subprocess.Popen(
             [sys.executable, "-m", module, str(job.resolve())],
             cwd=PACKAGE_ROOT,
+            # onnxruntime reports to its makers, and leaves a file behind, unless told not to.
+            env={"ORT_DISABLE_TELEMETRY": "1", **os.environ},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,

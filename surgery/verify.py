@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from surgery.addresses import Region
-from surgery.apply import Editor, replacements
+from surgery.apply import replacements
 from surgery.checkpoint import CONFIG, EXPORT_RECEIPT, RECEIPT, Checkpoint
-from surgery.checkpoint.files import list_files, resolve_inside, sha256_file
+from surgery.checkpoint.files import CHUNK, list_files, resolve_inside, sha256_file
 from surgery.checkpoint.layout import tensors_of
 from surgery.checkpoint.receipt import (
     EDIT_PREDICATE,
@@ -29,6 +30,7 @@ from surgery.checkpoint.receipt import (
     open_receipt,
     subjects,
 )
+from surgery.editor import Editor, bands
 from surgery.errors import CheckpointError, InputError, ReceiptError, RecipeError, quote
 from surgery.evidence import Finding
 from surgery.plan import Plan, make_plan
@@ -199,38 +201,63 @@ def _recipe(recipe: Path | None, receipt: _Receipt, edited: Path) -> Recipe:
 
 
 def _check_tensor(editor: Editor, result: Checkpoint, name: str) -> Iterator[Finding]:
-    """Compares one stored tensor with what the plan makes of the base."""
-    plan: Plan = editor.plan
-    steps = plan.steps_of(name)
-    if not steps:
-        source = _source_bytes(editor, name)
-        if result.read_bytes(name) != source:
-            yield Finding(
-                "verify", "changed tensor", name, f"{name}: differs, yet no edit names it"
-            )
-        return
-    found, stored = result.read(name), editor.stored(name)
-    expected = editor.rows(name, stored, Region.whole(name, stored.shape))
-    inside = np.zeros(stored.shape, bool)
-    for step in steps:
-        inside[step.target.region.slices] = True
-    exact = found.view(_bits(found)) == stored.view(_bits(stored))
-    # The largest finite number, infinity and NaN are neighbours in bits, not in meaning.
+    """Compares one stored tensor with what the plan makes of the base, a part at a time."""
+    regions = [step.target.region for step in editor.plan.steps_of(name)]
+    if regions:
+        bad = (
+            _check_band(editor, result, rows, regions) for rows in bands(editor.plan.tensors[name])
+        )
+        yield from islice((finding for finding in bad if finding), 1)
+    elif not _same_bytes(editor, result, name):
+        message = f"{name}: differs, yet no edit names it"
+        yield Finding("verify", "changed tensor", name, message)
+
+
+def _same_bytes(editor: Editor, result: Checkpoint, name: str) -> bool:
+    """Whether an unedited tensor is as in the base, or an added one as it was to begin with."""
+    base = editor.plan.base
+    if name not in base.tensors:
+        slabs = editor.slabs(name)
+        return all(result.read_rows(name, r).tobytes() == start.tobytes() for r, start in slabs)
+    size = base.tensors[name].nbytes
+    parts = ((begin, min(CHUNK, size - begin)) for begin in range(0, size, CHUNK))
+    return all(base.read_bytes(name, *part) == result.read_bytes(name, *part) for part in parts)
+
+
+def _check_band(
+    editor: Editor, result: Checkpoint, rows: Region, regions: list[Region]
+) -> Finding | None:
+    name = rows.tensor
+    found, stored = result.read_rows(name, rows), editor.stored(name, rows)
+    expected = editor.edited(rows, stored)
+    wrong = ~np.where(_inside(rows, regions), _near(found, expected), _same_bits(found, stored))
+    if not wrong.any():
+        return None
+    index = tuple(int(i) for i in np.argwhere(wrong)[0])
+    place = [start + i for start, i in zip(rows.start, index, strict=True)]
+    message = f"{name}: at {place} holds {found[index]}, the recipe makes it {expected[index]}"
+    return Finding("verify", "wrong value", name, message)
+
+
+def _inside(rows: Region, regions: list[Region]) -> NDArray[np.bool_]:
+    """Which elements of the band `rows` lie in one of `regions`."""
+    inside = np.zeros(rows.shape, bool)
+    for region in regions:
+        if region.overlaps(rows):
+            inside[region.intersection(rows).within(rows)] = True
+    return inside
+
+
+def _same_bits(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.bool_]:
+    return np.asarray(a.view(_bits(a)) == b.view(_bits(b)))
+
+
+def _near(found: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.bool_]:
+    """Within one ulp; the largest finite number, infinity and NaN are neighbours in bits only."""
     with np.errstate(invalid="ignore"):
         near = (ulp_distance(found, expected) <= 1) & np.isfinite(found) & np.isfinite(expected)
         near |= (found == expected) | (np.isnan(found) & np.isnan(expected))
-    wrong = ~np.where(inside, near, exact)
-    if wrong.any():
-        index = [int(i) for i in np.argwhere(wrong)[0]]
-        place = tuple(index)
-        message = f"{name}: at {index} holds {found[place]}, the recipe makes it {expected[place]}"
-        yield Finding("verify", "wrong value", name, message)
-
-
-def _source_bytes(editor: Editor, name: str) -> bytearray:
-    if name in editor.plan.base.tensors:
-        return editor.plan.base.read_bytes(name)
-    return bytearray(np.ascontiguousarray(editor.stored(name)).tobytes())
+    return np.asarray(near)
 
 
 def _bits(values: NDArray[Any]) -> np.dtype[Any]:

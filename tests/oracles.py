@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from surgery.apply import Editor, apply_plan
+from surgery.apply import apply_plan
 from surgery.checkpoint import Checkpoint
+from surgery.editor import Editor
 
 NOISE_FACTOR = 20
 """Edited and hooked models may differ by this many times the noise of float32 itself."""

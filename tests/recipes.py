@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from surgery.apply import Editor, apply
+from surgery.apply import apply
 from surgery.checkpoint import Checkpoint
+from surgery.editor import Editor
 from surgery.plan import Plan, plan
 
 HEADS = {"op": "heads", "heads": ["L0H1", "L1H2"]}

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from recipes import HEADS, NEURONS, apply_edits, make_sae, sae_edit, stored, write_recipe
+from recipes import (
+    HEADS,
+    NEURONS,
+    apply_edits,
+    make_sae,
+    sae_edit,
+    stored,
+    weight_files,
+    write_recipe,
+)
 
 from surgery.apply import apply
 from surgery.checkpoint import RECEIPT, SINGLE, Checkpoint
@@ -114,13 +123,16 @@ def test_a_parent_receipt_that_is_no_text_is_bad_input(base: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_progress_is_told_tensor_by_tensor(base: Path, tmp_path: Path) -> None:
+def test_progress_counts_the_bytes_of_the_shards_up_to_all_of_them(
+    base: Path, tmp_path: Path
+) -> None:
     told: list[tuple[str, int, int]] = []
     recipe = write_recipe(tmp_path, [HEADS])
-    done = apply(
-        recipe, base, tmp_path / "out", progress=lambda name, n, of: told.append((name, n, of))
-    )
-    assert told == [(done.edited[0], 1, 2), (done.edited[1], 2, 2)]
+    apply(recipe, base, tmp_path / "out", progress=lambda name, n, of: told.append((name, n, of)))
+    total = sum(map(len, weight_files(base).values()))
+    assert [of for _, _, of in told] == [total] * len(told)
+    assert [n for _, n, _ in told] == sorted({n for _, n, _ in told})
+    assert told[-1] == (SINGLE, total, total)
 
 
 def test_config_keeps_what_the_recipe_does_not_change(base: Path, tmp_path: Path) -> None:

@@ -213,11 +213,13 @@ def test_a_terminated_apply_exits_143_and_leaves_nothing(
 ) -> None:
     code = (
         "import importlib, sys, time\n"
-        "module = importlib.import_module('surgery.apply')\n"
+        "stream = importlib.import_module('surgery.checkpoint.stream')\n"
+        "real = stream._write\n"
         "def slow(*arguments):\n"
-        "    print('editing', flush=True)\n"
-        "    time.sleep(60)\n"
-        "module._edit_tensor = slow\n"
+        "    print('writing', flush=True)\n"
+        "    time.sleep(0.05)\n"
+        "    real(*arguments)\n"
+        "stream._write, stream.CHUNK = slow, 64\n"
         f"sys.argv = ['surgery', 'apply', {str(heads)!r}, '--model', {str(base_of('gpt2'))!r},"
         f" '--output', {str(tmp_path / 'out')!r}]\n"
         "from surgery.cli import main\n"
@@ -226,7 +228,7 @@ def test_a_terminated_apply_exits_143_and_leaves_nothing(
     for number, expected in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         assert child.stdout is not None
-        assert child.stdout.readline() == "editing\n"
+        assert child.stdout.readline() == "writing\n"
         os.kill(child.pid, number)
         assert child.wait(30) == expected
         child.stdout.close()

@@ -173,7 +173,9 @@ def print_clean(rows: list[Row]) -> None:
 def print_line(quantity: str, models: Any, rows: list[Row]) -> None:
     values = np.array([row.value for row in rows])
     numbers = (np.median(values), np.quantile(values, 0.99), values.max())
-    print(f"| {quantity} | {models} | {len(values)} |", " | ".join(f"{n:.3g}" for n in numbers), "|")
+    print(
+        f"| {quantity} | {models} | {len(values)} |", " | ".join(f"{n:.3g}" for n in numbers), "|"
+    )
 
 
 def print_larger(found: list[tuple[str, Evidence]]) -> None:

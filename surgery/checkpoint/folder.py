@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from surgery.addresses import Region
 from surgery.checkpoint.dtypes import numpy_dtype
 from surgery.checkpoint.files import (
     list_files,
@@ -87,11 +89,22 @@ class Checkpoint:
             raise CheckpointError(f"{self.root}: has no tensor {quote(name)}")
         return self.tensors[name]
 
-    def read_bytes(self, name: str) -> bytearray:
-        """The stored bytes of tensor `name`."""
+    def read_bytes(self, name: str, begin: int = 0, length: int | None = None) -> bytearray:
+        """The stored bytes of tensor `name`: all, or `length` of them from `begin`."""
         info = self.info(name)
+        size = info.nbytes - begin if length is None else length
         with open_regular(self.path(info.file)) as descriptor:
-            return read_exactly(descriptor, info.begin, info.nbytes, info.file)
+            return read_exactly(descriptor, info.begin + begin, size, info.file)
+
+    def read_rows(self, name: str, rows: Region) -> NDArray[Any]:
+        """The band `rows` of whole rows (first axis) of a tensor; its own name does not matter."""
+        info = self.info(name)
+        dtype = numpy_dtype(info.dtype)
+        size = math.prod(rows.shape) * dtype.itemsize
+        offset = rows.start[0] * math.prod(info.shape[1:]) * dtype.itemsize if rows.start else 0
+        with open_regular(self.path(info.file)) as descriptor:
+            raw = read_exactly(descriptor, info.begin + offset, size, info.file)
+        return np.frombuffer(raw, dtype).reshape(rows.shape)
 
     def read(self, name: str) -> NDArray[Any]:
         """Tensor `name` in its stored dtype and shape (bf16 through ml_dtypes)."""

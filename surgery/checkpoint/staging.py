@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from surgery.checkpoint.files import CHUNK, open_regular, read_exactly
 from surgery.errors import EnvironmentFault, OutputError, quote
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -56,24 +55,23 @@ class Staging:
         if isinstance(error, OSError):
             raise _fault(self.target, error) from error
 
-    def copy(self, source: Path, relative: str, *, prefix: bytes = b"", skip: int = 0) -> str:
-        """Copies `source` to `relative`; returns the SHA-256 of the bytes of `source`.
+    def require(self, needed: int) -> None:
+        """Raises `EnvironmentFault` unless `needed` bytes are free where the folder is made."""
+        free = shutil.disk_usage(self.path).free
+        if needed > free:
+            raise EnvironmentFault(
+                f"{self.target}: needs {needed} bytes, {free} are free; nothing was written"
+            )
 
-        `prefix` replaces the first `skip` bytes (a new header before unchanged data).
-        """
-        digest = hashlib.sha256()
-        with open_regular(source) as descriptor, self._create(relative).open("xb") as output:
-            digest.update(read_exactly(descriptor, 0, skip, str(source)))
-            output.write(prefix)
-            os.lseek(descriptor, skip, os.SEEK_SET)
-            while chunk := os.read(descriptor, CHUNK):
-                digest.update(chunk)
-                output.write(chunk)
-        return digest.hexdigest()
+    def place(self, relative: str) -> Path:
+        """Where file `relative` is to be written, its folder made."""
+        path = self.path / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     def write(self, relative: str, data: bytes) -> str:
         """Writes a small file; returns its SHA-256."""
-        self._create(relative).write_bytes(data)
+        self.place(relative).write_bytes(data)
         return hashlib.sha256(data).hexdigest()
 
     def commit(self) -> None:
@@ -93,11 +91,6 @@ class Staging:
         with suppress(OSError):
             for folder in self._made:
                 folder.rmdir()
-
-    def _create(self, relative: str) -> Path:
-        path = self.path / relative
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
 
 
 def refuse_inside(target: Path, source: Path) -> None:

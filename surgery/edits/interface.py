@@ -9,7 +9,7 @@ unedited model, which is the oracle that its weights are tested against.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +71,9 @@ class Layout:
 class Reader(Protocol):
     """Gives `prepare` tensors as the edits before it left them, in compute dtype."""
 
-    def read(self, tensor: str) -> Array: ...
+    def rows(self, tensor: str) -> Iterator[tuple[slice, Array]]:
+        """The tensor in bands of whole rows, in order: which rows, and their numbers."""
+        ...
 
 
 class RecipeFiles(Protocol):
@@ -103,7 +105,11 @@ class Edit(ABC):
 
     @abstractmethod
     def transform(self, slab: Array, where: Region, state: Any) -> Array:
-        """The new numbers of region `where`, from `slab`, its old ones, in compute dtype."""
+        """The new numbers of `where`, from `slab`, its old ones, in compute dtype.
+
+        `where` is a target of this edit, or the part of one in a band of whole rows: an edit
+        that needs a sum over rows takes it in `prepare`.
+        """
 
     @abstractmethod
     def hook(self, model: Any, arch: Architecture, state: Any) -> AbstractContextManager[None]:

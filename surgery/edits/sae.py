@@ -148,11 +148,12 @@ class Orthogonalize(Edit):
             Target(Region.whole(w.tensor, tensors[w.tensor].shape), "output") for w in writers
         )
 
-    def prepare(self, arch: Architecture, reader: Reader) -> dict[str, int]:
-        return {w.tensor: w.axis for w in arch.writers(self.layers, self.embeddings)}
+    def prepare(self, arch: Architecture, reader: Reader) -> dict[str, Vectors | None]:
+        writers = arch.writers(self.layers, self.embeddings)
+        return {w.tensor: _along_rows(w.tensor, self.q, w.axis, reader) for w in writers}
 
-    def transform(self, slab: Array, where: Region, state: dict[str, int]) -> Array:
-        return project(slab, self.q, self.strength, state[where.tensor])
+    def transform(self, slab: Array, where: Region, state: dict[str, Vectors | None]) -> Array:
+        return project(slab, self.q, self.strength, where, state[where.tensor])
 
     @contextmanager
     def hook(self, model: Any, arch: Architecture, state: Any) -> Iterator[None]:
@@ -180,11 +181,12 @@ class ZProject(Edit):
         tensor = arch.name("o_proj", self.layer)
         return (Target(Region.whole(tensor, tensors[tensor].shape), "input"),)
 
-    def prepare(self, arch: Architecture, reader: Reader) -> int:
-        return arch.input_axis("o_proj")
+    def prepare(self, arch: Architecture, reader: Reader) -> Vectors | None:
+        tensor = arch.name("o_proj", self.layer)
+        return _along_rows(tensor, self.q, arch.input_axis("o_proj"), reader)
 
-    def transform(self, slab: Array, where: Region, state: int) -> Array:
-        return project(slab, self.q, self.strength, state)
+    def transform(self, slab: Array, where: Region, state: Vectors | None) -> Array:
+        return project(slab, self.q, self.strength, where, state)
 
     def hook(self, model: Any, arch: Architecture, state: Any) -> AbstractContextManager[None]:
         def project_input(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -226,13 +228,13 @@ class SteerBias(Edit):
     def prepare(self, arch: Architecture, reader: Reader) -> Vectors:
         if self.through is None:
             return self.vector
-        axis = arch.input_axis(self.through)
-        weight = reader.read(arch.name(self.through, self.layer)).astype(np.float64)
         if not self.vector.any():
             # Nothing moves, whatever the weights: 0 times a NaN of theirs would not be nothing.
-            return np.zeros(weight.shape[1 - axis])
-        moved = np.tensordot(weight, self.vector, axes=(axis, 0))
-        return np.asarray(moved, np.float64)
+            return np.zeros(arch.width)
+        rows = reader.rows(arch.name(self.through, self.layer))
+        if arch.input_axis(self.through) == 0:
+            return sum((self.vector[band] @ slab for band, slab in rows), np.zeros(arch.width))
+        return np.concatenate([slab @ self.vector for _, slab in rows])
 
     def transform(self, slab: Array, where: Region, state: Vectors) -> Array:
         added = state[where.slices]
@@ -271,13 +273,34 @@ def _steer(sae: Sae, arch: Architecture, vector: Vectors) -> SteerBias:
     return SteerBias(vector, sae.layer, sae.hook, slot, fact.through)
 
 
-def project(slab: Array, q: Vectors, strength: float, axis: int) -> Array:
-    """`slab` less `strength` times its part along `q` [width, rank] on `axis`, in slab's dtype."""
+def project(
+    slab: Array, q: Vectors, strength: float, where: Region, along_rows: Vectors | None
+) -> Array:
+    """`slab` less `strength` times its part along `q` [width, rank], in slab's dtype.
+
+    The width runs along the last axis of the tensor, or along its rows if `along_rows` = qᵀW
+    [rank, …] of the whole tensor is given, of which `slab` is the part `where`.
+    """
     if strength == 0:
         return slab
-    moved = np.moveaxis(slab, axis, -1)
-    removed = (moved @ q.astype(slab.dtype)) @ (strength * q.T).astype(slab.dtype)
-    return slab - np.moveaxis(removed, -1, axis)
+    # In float64, so that the sum comes out the same whatever the bands and the BLAS: who verifies
+    # on another machine must find the same numbers.
+    if along_rows is None:
+        removed = (slab.astype(np.float64) @ q) @ (strength * q.T)
+    else:
+        removed = (strength * q[where.slices[0]]) @ along_rows[(slice(None), *where.slices[1:])]
+    return np.asarray(slab - removed, slab.dtype)
+
+
+def _along_rows(tensor: str, q: Vectors, axis: int, reader: Reader) -> Vectors | None:
+    """qᵀW [rank, …] where the width runs along the rows (`axis` 0), else None.
+
+    One read of the tensor: a band of rows alone does not know the part along q.
+    """
+    if axis != 0:
+        return None
+    parts = [q[band].T @ slab for band, slab in reader.rows(tensor)]
+    return np.asarray(sum(parts[1:], parts[0]), np.float64)
 
 
 def _project_torch(x: Any, q: Vectors, strength: float) -> Any:

@@ -10,6 +10,7 @@ import pytest
 from corners import Here
 from differential.lab import Lab
 
+
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     root = tmp_path_factory.mktemp("lab")

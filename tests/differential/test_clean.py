@@ -12,8 +12,6 @@ from models import FAMILIES
 from surgery import pipeline
 from surgery.checkpoint import Checkpoint
 
-pytestmark = pytest.mark.xdist_group("differential")
-
 MODELS = [*((family, "float32") for family in FAMILIES), ("llama", "bfloat16")]
 
 

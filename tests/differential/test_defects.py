@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +17,11 @@ from onnx_files import endless, enormous, save
 from surgery import pipeline, process
 from surgery.arch import identify
 from surgery.checkpoint import Checkpoint
-from surgery.differential import Limits, make_workload
+from surgery.differential import Limits, Workload, make_workload
 from surgery.errors import OnnxError
 from surgery.export import default_task
 from surgery.policy import BUILT_IN
 from surgery.stimuli.prompts import load_stimuli
-
-pytestmark = pytest.mark.xdist_group("differential")
 
 Defect = Callable[[ModelProto], None]
 Plant = Callable[..., Path]
@@ -82,9 +81,7 @@ def test_a_defect_of_ten_times_the_noise_is_caught(lab: Lab, plant: Plant) -> No
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_an_ignored_mask_is_worst_where_there_is_padding(
-    lab: Lab, plant: Plant, side: str
-) -> None:
+def test_an_ignored_mask_is_worst_where_there_is_padding(lab: Lab, plant: Plant, side: str) -> None:
     """Without padding the defect does nothing, so the finding must name a padded batch."""
     case = lab.case("bert")
     report = lab.diff(case, onnx=plant(case.onnx, mutants.ignore_mask))
@@ -95,7 +92,7 @@ def test_an_ignored_mask_is_worst_where_there_is_padding(
     assert any(f"{side} padding" in row for row in padded)
 
 
-def workload_of(model: Path, stimuli: Path):  # type: ignore[no-untyped-def]
+def workload_of(model: Path, stimuli: Path) -> Workload:
     base = Checkpoint.open(model)
     given = load_stimuli([stimuli])
     return make_workload(base, identify(base), default_task(model), given, BUILT_IN)
@@ -247,7 +244,9 @@ def test_a_run_that_hangs_or_wants_4_tib_ends_and_is_a_finding(
     """Only onnxruntime runs in a child here: it is the one to be killed."""
     case, run = lab.case("llama"), process.run
 
-    def run_onnx_in_a_child(module, arguments, folder, limits):  # type: ignore[no-untyped-def]
+    def run_onnx_in_a_child(
+        module: str, arguments: dict[str, Any], folder: Path, limits: Limits
+    ) -> process.Ending:
         in_child = arguments.get("model", {}).get("runtime") == "onnxruntime"
         return (run if in_child else lab.here)(module, arguments, folder, limits)
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recipes import apply_edits, editor_of, make_sae, sae_edit, stored
 
+from surgery.addresses import Region
 from surgery.edits.sae import basis, project
 
 
@@ -35,9 +36,11 @@ def test_a_full_projection_leaves_nothing_along_any_feature(axis: int) -> None:
     """Projecting one row after another would leave part of the earlier ones."""
     rng = np.random.default_rng(0)
     rows, slab = rng.normal(size=(3, 8)), rng.normal(size=(8, 8))
-    left = project(slab, basis(rows), 1.0, axis)
+    q, whole = basis(rows), Region.whole("w", slab.shape)
+    along_rows = q.T @ slab if axis == 0 else None
+    left = project(slab, q, 1.0, whole, along_rows)
     assert np.abs(np.tensordot(rows, left, axes=(1, axis))).max() < 1e-12
-    half = project(slab, basis(rows), 0.5, axis)
+    half = project(slab, q, 0.5, whole, along_rows)
     assert np.allclose(half, (slab + left) / 2)
 
 

@@ -78,8 +78,10 @@ def test_sums_equal_one_computation_however_batches_are_cut(
 def test_the_cosine_is_numpys(t: Array, r: Array) -> None:
     norms = np.linalg.norm(wide(t)) * np.linalg.norm(wide(r))
     found = conversion(t, wide(t), r).cosine
-    assert math.isnan(found) if norms == 0 else math.isclose(
-        found, (wide(t) * wide(r)).sum() / norms, rel_tol=1e-9, abs_tol=1e-12
+    assert (
+        math.isnan(found)
+        if norms == 0
+        else math.isclose(found, (wide(t) * wide(r)).sum() / norms, rel_tol=1e-9, abs_tol=1e-12)
     )
 
 
@@ -123,9 +125,7 @@ def ratios(sums: ConversionSums) -> tuple[float, float]:
 
 @given(outputs, st.integers(0, N - 1))
 @pytest.mark.parametrize("corner", ["T_o", "T_e", "R_o", "R_e"])
-def test_nan_in_any_corner_makes_the_interaction_nan(
-    corner: str, values: Array, row: int
-) -> None:
+def test_nan_in_any_corner_makes_the_interaction_nan(corner: str, values: Array, row: int) -> None:
     corners = {name: values.copy() for name in ("T_o", "T_e", "R_o", "R_e")}
     corners[corner][row, 0] = np.nan
     assert math.isnan(interaction(corners).noise_ratio)

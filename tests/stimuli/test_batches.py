@@ -44,9 +44,7 @@ def probes(vocab: int = VOCAB, positions: int = POSITIONS, seed: int = 0) -> lis
 
 
 @given(rows, sides)
-def test_padding_keeps_the_tokens_and_masks_the_rest(
-    ids: list[tuple[int, ...]], side: str
-) -> None:
+def test_padding_keeps_the_tokens_and_masks_the_rest(ids: list[tuple[int, ...]], side: str) -> None:
     batch = padded(ids, side)
     for row, own in enumerate(ids):
         real = batch.attention_mask[row] == 1
@@ -66,9 +64,7 @@ def test_exactly_the_real_positions_are_selected(ids: list[tuple[int, ...]], sid
 
 
 @given(rows, sides)
-def test_the_last_position_is_that_of_the_last_token(
-    ids: list[tuple[int, ...]], side: str
-) -> None:
+def test_the_last_position_is_that_of_the_last_token(ids: list[tuple[int, ...]], side: str) -> None:
     batch = padded(ids, side)
     last = batch.input_ids[np.arange(len(ids)), last_positions(batch)]
     assert last.tolist() == [own[-1] for own in ids]
@@ -113,9 +109,7 @@ def test_a_model_with_many_positions_gets_a_bounded_probe() -> None:
 
 
 @given(st.integers(2, 500), st.integers(1, 80), st.integers(0, 5))
-def test_probes_stay_inside_vocabulary_and_positions(
-    vocab: int, positions: int, seed: int
-) -> None:
+def test_probes_stay_inside_vocabulary_and_positions(vocab: int, positions: int, seed: int) -> None:
     for batch in probes(vocab, positions, seed):
         assert 0 <= batch.input_ids.min() <= batch.input_ids.max() < vocab
         assert batch.position_ids.max() < positions

@@ -23,8 +23,9 @@ def write(path: Path, *lines: Any) -> Path:
 
 
 def test_lines_come_in_order_over_all_files(tmp_path: Path) -> None:
-    files = [write(tmp_path / "1.jsonl", GOOD, "", IDS), write(tmp_path / "2.jsonl", {**IDS, "id": "c"})]
-    found = load_stimuli(files)
+    one = write(tmp_path / "1.jsonl", GOOD, "", IDS)
+    two = write(tmp_path / "2.jsonl", {**IDS, "id": "c"})
+    found = load_stimuli([one, two])
     assert [stimulus.id for stimulus in found] == ["a", "b", "c"]
     assert found[0] == Stimulus("a", "target", "hello", None, {"memory": ("Lima",)})
     assert found[1].input_ids == (1, 2, 3)
@@ -47,7 +48,6 @@ BAD: dict[str, tuple[Any, str]] = {
     "no answers of a name": ({**IDS, "answers": {"memory": []}}, "answers.memory"),
     "empty answer": ({**IDS, "answers": {"memory": ["Lima", " "]}}, "answers.memory"),
     "the same id again": ({**IDS, "id": "a"}, "comes twice"),
-    "the same key again": ('{"id": "b", "id": "c", "set": "probe", "prompt": "x"}', "id"),
 }
 
 
@@ -61,6 +61,12 @@ def test_a_bad_line_is_refused_with_file_line_and_field(tmp_path: Path, name: st
     assert "line 2" in str(caught.value)
     assert field in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_may_not_come_twice_in_a_line(tmp_path: Path) -> None:
+    line = '{"id": "b", "id": "c", "set": "probe", "prompt": "x"}'
+    with pytest.raises(StimuliError, match="duplicate key 'id'"):
+        load_stimuli([write(tmp_path / "bad.jsonl", line)])
 
 
 def test_an_id_may_not_come_again_in_another_file(tmp_path: Path) -> None:
@@ -96,9 +102,9 @@ def test_a_prompt_too_long_for_the_model_is_refused_with_the_limit() -> None:
 
 
 def test_a_prompt_without_a_tokenizer_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(StimuliError, match="has no tokenizer.json; give input_ids"):
+    with pytest.raises(StimuliError, match=r"has no tokenizer\.json; give input_ids"):
         Tokenizer(tmp_path)
-    with pytest.raises(StimuliError, match="needs a tokenizer.json"):
+    with pytest.raises(StimuliError, match=r"needs a tokenizer\.json"):
         tokens_of([Stimulus("a", "target", prompt="x")], None, 10, 10)
 
 
@@ -112,8 +118,8 @@ def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:
 def words(tmp_path: Path) -> Tokenizer:
     """A tokenizer of whole words that asks for padding and truncation, as saved ones may."""
     tokenizers = pytest.importorskip("tokenizers")
-    vocab = {"[UNK]": 0, "one": 1, "two": 2, "[EOS]": 3}
-    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
+    vocab = {"one": 1, "two": 2, "[EOS]": 3}
+    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
     fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     fast.add_special_tokens(["[EOS]"])
     fast.enable_padding(length=8)
