@@ -19,6 +19,7 @@ from surgery.plan import Plan
 from surgery.policy import Policy
 from surgery.registry import suggest
 from surgery.report import Report
+from surgery.revert import Restored
 from surgery.verify import Verification
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "inspect",
     "plan",
     "report",
+    "revert",
     "schema",
     "validate",
     "verify",
@@ -59,15 +61,32 @@ def apply(
     model: AnyPath,
     output: AnyPath,
     *,
+    delta: AnyPath | None = None,
     allow_outside: bool = False,
     progress: Progress | None = None,
-) -> Applied:
-    """Writes the edited checkpoint and its receipt to the new folder `output`."""
-    from surgery.apply import apply as run
+) -> Applied | Restored:
+    """Writes the edited checkpoint and its receipt to the new folder `output`.
 
-    return run(
-        Path(recipe), Path(model), Path(output), allow_outside=allow_outside, progress=progress
-    )
+    `recipe` may be a delta (a `.safetensors` file) that was made from this base: then the same
+    edited checkpoint is written again.
+    """
+    from surgery.apply import apply as run
+    from surgery.revert import apply_delta
+
+    source = Path(recipe)
+    if source.suffix == ".safetensors":
+        if delta is not None:
+            raise InputError(f"{source}: is a delta already; --delta goes with a recipe")
+        return apply_delta(Path(model), source, Path(output))
+    options: dict[str, Any] = {"allow_outside": allow_outside, "progress": progress}
+    return run(source, Path(model), Path(output), delta=_path(delta), **options)
+
+
+def revert(edited: AnyPath, delta: AnyPath, output: AnyPath) -> Restored:
+    """Writes the base of `edited` again, every file to the byte, to the new folder `output`."""
+    from surgery.revert import revert as run
+
+    return run(Path(edited), Path(delta), Path(output))
 
 
 def verify(

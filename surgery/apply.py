@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -19,11 +20,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.addresses import Region
-from surgery.checkpoint import CONFIG, INDEX, RECEIPT, Checkpoint, Staging, TensorInfo
+from surgery.checkpoint import (
+    CONFIG,
+    EXPORT_RECEIPT,
+    INDEX,
+    RECEIPT,
+    Checkpoint,
+    Staging,
+    TensorInfo,
+)
+from surgery.checkpoint.delta import AddedRecord, DeltaRecord, DeltaWriter, RegionRecord
 from surgery.checkpoint.dtypes import numpy_dtype
 from surgery.checkpoint.files import read_small, sha256_file
 from surgery.checkpoint.layout import extended_index
 from surgery.checkpoint.receipt import EDIT_PREDICATE, seal, statement
+from surgery.checkpoint.staging import refuse_inside
 from surgery.checkpoint.stream import Copied, Patch, copy
 from surgery.editor import Editor, bands, row_bytes
 from surgery.errors import CheckpointError
@@ -48,29 +59,46 @@ def apply(
     model: Path,
     output: Path,
     *,
+    delta: Path | None = None,
     allow_outside: bool = False,
     progress: Progress | None = None,
 ) -> Applied:
     """Applies the recipe file `recipe` to checkpoint folder `model`, writing folder `output`.
 
-    Raises an `InputError` where anything given cannot be used, `EnvironmentFault` where the disk
+    With `delta`, also the file that leads back to the base (`surgery.revert`). Raises an
+    `InputError` where anything given cannot be used, `EnvironmentFault` where the disk
     is full; either way `output` does not appear and `model` is untouched.
     """
-    return apply_plan(plan(recipe, model, allow_outside=allow_outside), output, progress)
+    found = plan(recipe, model, allow_outside=allow_outside)
+    return apply_plan(found, output, delta=delta, progress=progress)
 
 
-def apply_plan(plan: Plan, output: Path, progress: Progress | None = None) -> Applied:
-    """Writes the edited checkpoint of `plan` to folder `output`."""
-    with Staging(output, (plan.base.root,)) as staging:
+def apply_plan(
+    plan: Plan, output: Path, *, delta: Path | None = None, progress: Progress | None = None
+) -> Applied:
+    """Writes the edited checkpoint of `plan` to folder `output`, and its `delta`."""
+    with Staging(output, (plan.base.root,)) as staging, _delta_writer(plan, delta) as writer:
         _check_space(plan, staging)
         base_digests, digests = _copy_side_files(plan, staging)
-        shards = _write_shards(plan, Editor(plan), staging.path, progress)
+        shards = _write_shards(plan, Editor(plan), staging.path, writer, progress)
         base_digests |= {file: copied.source for file, copied in shards.copied.items()}
         digests |= {file: copied.target for file, copied in shards.copied.items()}
         receipt = statement(digests, EDIT_PREDICATE, _predicate(plan, base_digests, shards.records))
-        staging.write(RECEIPT, seal(receipt))
+        digests[RECEIPT] = staging.write(RECEIPT, seal(receipt))
+        if writer is not None:
+            _finish_delta(writer, plan, staging.path, base_digests, digests)
         staging.commit()
+        if writer is not None:
+            writer.commit()
     return Applied(output, plan.edited, receipt)
+
+
+def _delta_writer(plan: Plan, delta: Path | None) -> AbstractContextManager[DeltaWriter | None]:
+    if delta is None:
+        return nullcontext()
+    refuse_inside(delta.absolute(), plan.base.root)
+    regions = dict.fromkeys(step.target.region for step in plan.steps)
+    return DeltaWriter(delta, [(region, plan.tensors[region.tensor].dtype) for region in regions])
 
 
 def _check_space(plan: Plan, staging: Staging) -> None:
@@ -79,10 +107,16 @@ def _check_space(plan: Plan, staging: Staging) -> None:
     staging.require(plan.disk_bytes + side)
 
 
-def _write_shards(plan: Plan, editor: Editor, folder: Path, progress: Progress | None) -> _Shards:
+def _write_shards(
+    plan: Plan,
+    editor: Editor,
+    folder: Path,
+    delta: DeltaWriter | None,
+    progress: Progress | None,
+) -> _Shards:
     """Copies every shard, edited on the way, as many at a time as there are cores."""
     editor.prepare_all()
-    records = {tensor: _TensorRecord(plan, tensor) for tensor in plan.edited}
+    records = {tensor: _TensorRecord(plan, tensor, delta) for tensor in plan.edited}
     meter = _Meter(plan.disk_bytes, progress)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         jobs = {
@@ -162,7 +196,7 @@ def _patches(editor: Editor, info: TensorInfo, record: _TensorRecord) -> Iterato
 def _edit_band(editor: Editor, rows: Region, record: _TensorRecord, raw: bytearray) -> bytes:
     info = editor.plan.tensors[rows.tensor]
     old = np.frombuffer(raw, numpy_dtype(info.dtype)).reshape(rows.shape)
-    return record.add(old, editor.edited(rows, old))
+    return record.add(rows, old, editor.edited(rows, old))
 
 
 def _appended(editor: Editor, file: str, records: dict[str, _TensorRecord]) -> Iterator[bytes]:
@@ -172,19 +206,21 @@ def _appended(editor: Editor, file: str, records: dict[str, _TensorRecord]) -> I
             for rows, old in editor.slabs(tensor.name):
                 new = editor.edited(rows, old)
                 record = records.get(tensor.name)
-                yield record.add(old, new) if record else new.tobytes()
+                yield record.add(rows, old, new) if record else new.tobytes()
 
 
 class _TensorRecord:
     """The receipt's record of one edited tensor, gathered band by band in row order."""
 
-    def __init__(self, plan: Plan, tensor: str) -> None:
-        self._plan, self._tensor = plan, tensor
+    def __init__(self, plan: Plan, tensor: str, delta: DeltaWriter | None) -> None:
+        self._plan, self._tensor, self._delta = plan, tensor, delta
         self._before, self._after = hashlib.sha256(), hashlib.sha256()
         self._squares, self._largest, self._changed = 0.0, 0.0, 0
 
-    def add(self, old: NDArray[Any], new: NDArray[Any]) -> bytes:
-        """Counts a band in; returns its new bytes."""
+    def add(self, rows: Region, old: NDArray[Any], new: NDArray[Any]) -> bytes:
+        """Counts the band `rows` in; returns its new bytes."""
+        if self._delta is not None:
+            self._delta.add(rows, old, new)
         before, after = old.tobytes(), new.tobytes()
         self._before.update(before)
         self._after.update(after)
@@ -261,6 +297,43 @@ def _edit_records(plan: Plan, steps: tuple[Step, ...]) -> list[dict[str, Any]]:
         }
         for index, own in grouped.items()
     ]
+
+
+def _finish_delta(
+    writer: DeltaWriter,
+    plan: Plan,
+    folder: Path,
+    base_digests: dict[str, str],
+    digests: dict[str, str],
+) -> None:
+    """Completes a delta with every file but the shards that changed, came or went."""
+    base = plan.base
+    small = {RECEIPT, EXPORT_RECEIPT} & set(base.not_carried)
+    base_digests = base_digests | {file: sha256_file(base.path(file)) for file in small}
+    others = sorted({*base_digests, *digests} - {*base.headers})
+    changed = [file for file in others if base_digests.get(file) != digests.get(file)]
+    extended = [file for file, header in plan.headers.items() if header is not base.headers[file]]
+    record = DeltaRecord(
+        base=base_digests,
+        edited=digests,
+        regions=tuple(
+            RegionRecord(tensor=r.tensor, start=r.start, stop=r.stop)
+            for r in dict.fromkeys(step.target.region for step in plan.steps)
+        ),
+        added=tuple(AddedRecord(**vars(tensor)) for tensor in plan.added),
+        files=tuple(changed),
+        headers=tuple(extended),
+        lost=tuple(file for file in base.not_carried if file not in small),
+    )
+    files = {
+        file: (
+            base.path(file).read_bytes() if file in base_digests else None,
+            (folder / file).read_bytes() if file in digests else None,
+        )
+        for file in changed
+    }
+    headers = {file: (base.headers[file].raw, plan.headers[file].raw) for file in extended}
+    writer.finish(record, files, headers)
 
 
 def _predicate(

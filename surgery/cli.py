@@ -27,6 +27,9 @@ PATH = click.Path(path_type=Path)
 model_option = click.option(
     "--model", type=PATH, required=True, metavar="DIR", help="Checkpoint folder; only read."
 )
+output_option = click.option(
+    "--output", type=PATH, required=True, metavar="DIR", help="New folder."
+)
 policy_option = click.option(
     "--policy", type=PATH, metavar="FILE", help="Limits to judge by (default: the built-in ones)."
 )
@@ -93,23 +96,47 @@ def plan(recipe: Path, model: Path, allow_outside: bool, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("recipe", type=PATH)
+@click.argument("recipe", type=PATH, metavar="RECIPE|DELTA")
 @model_option
-@click.option("--output", type=PATH, required=True, metavar="DIR", help="New folder.")
+@output_option
+@click.option("--delta", type=PATH, metavar="FILE", help="Also write what leads back to the base.")
 @outside_option
-def apply(recipe: Path, model: Path, output: Path, allow_outside: bool) -> None:
-    """Write the edited checkpoint and its receipt.
+def apply(recipe: Path, model: Path, output: Path, delta: Path | None, allow_outside: bool) -> None:
+    """Write the edited checkpoint and its receipt, from a recipe or a delta.
 
     Example: surgery apply recipe.yaml --model model/ --output edited/
     """
     from surgery.api import apply as run
+    from surgery.checkpoint import RECEIPT
     from surgery.console import bar, count
+    from surgery.revert import Restored
 
     with bar("editing") as progress:
-        done = run(recipe, model, output, allow_outside=allow_outside, progress=progress)
-    click.echo(
-        f"{output}: {count(len(done.edited), 'tensor')} edited, see surgery-receipt.json in it"
-    )
+        done = run(
+            recipe, model, output, delta=delta, allow_outside=allow_outside, progress=progress
+        )
+    if isinstance(done, Restored):
+        click.echo(f"{output}: {count(done.files, 'file')} as the delta says")
+    else:
+        click.echo(f"{output}: {count(len(done.edited), 'tensor')} edited, see {RECEIPT} in it")
+
+
+@cli.command()
+@click.argument("edited", type=PATH)
+@click.option("--delta", type=PATH, required=True, metavar="FILE", help="What apply wrote.")
+@output_option
+def revert(edited: Path, delta: Path, output: Path) -> None:
+    """Write the base of an edited checkpoint again, every file to the byte.
+
+    Example: surgery revert edited/ --delta edited.safetensors --output base/
+    """
+    from surgery.api import revert as run
+    from surgery.console import count
+
+    done = run(edited, delta, output)
+    click.echo(f"{output}: {count(done.files, 'file')} restored to the byte")
+    for file in done.lost:
+        click.echo(f"not restored, no delta carries other weight formats: {file}", err=True)
 
 
 @cli.command()
@@ -222,7 +249,7 @@ def diff(report: Path, timeout: float, **options: Any) -> None:
 @cli.command()
 @click.argument("recipe", type=PATH)
 @model_option
-@click.option("--output", type=PATH, required=True, metavar="DIR", help="New folder.")
+@output_option
 @policy_option
 @stimuli_option
 @outside_option

@@ -117,7 +117,11 @@ def edit_number(file: HeaderFile, rng: random.Random) -> HeaderFile:
 
 
 def _other_number(old: bytes, rng: random.Random) -> bytes:
-    if rng.random() < 0.5 and len(old) <= 40:
+    draw = rng.random()
+    if draw < 0.3:
+        # The same number to Python, but no integer, or no JSON, to the format.
+        return rng.choice((old + b".0", old + b"e0", b"0" + old, b"+" + old, b"-" + old))
+    if draw < 0.6 and len(old) <= 40:
         return b"%d" % (int(old) + rng.choice((-8, -4, -2, -1, 1, 2, 4, 8)))
     return rng.choice(NUMBERS)
 

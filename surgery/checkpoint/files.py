@@ -69,13 +69,18 @@ def read_exactly(descriptor: int, begin: int, length: int, file: str) -> bytearr
     process with SIGBUS.
     """
     data = bytearray(length)
-    view, done = memoryview(data), 0
-    while done < length:
+    read_into(descriptor, begin, memoryview(data), file)
+    return data
+
+
+def read_into(descriptor: int, begin: int, view: memoryview, file: str) -> None:
+    """Fills `view` from `begin`, as `read_exactly` does, in memory the caller has already."""
+    done = 0
+    while done < len(view):
         count = os.preadv(descriptor, [view[done : done + CHUNK]], begin + done)
         if count == 0:
             raise CheckpointError(f"{file}: truncated at byte {begin + done} while it was read")
         done += count
-    return data
 
 
 def read_small(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:

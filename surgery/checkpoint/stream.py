@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint.files import CHUNK, open_regular, read_exactly
+from surgery.checkpoint.files import CHUNK, open_regular, read_exactly, read_into
 
 FICLONE = 0x40049409
 """ioctl_ficlone(2)."""
+
+
+Bytes = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ class _Twin:
         self._source: Any = hashlib.sha256()
         self._target: Any = None
 
-    def update(self, old: bytes | bytearray, new: bytes | bytearray) -> None:
-        if self._target is None and old != new:
+    def update(self, old: Bytes, new: Bytes) -> None:
+        if self._target is None and old is not new and old != new:
             self._target = self._source.copy()
         if self._target is not None:
             self._target.update(new)
@@ -63,56 +66,66 @@ def copy(
     head: bytes | None = None,
     skip: int = 0,
     patches: Sequence[Patch] = (),
+    stop: int | None = None,
     tail: Iterable[bytes] = (),
     advance: Callable[[int], None] | None = None,
 ) -> Copied:
     """Copies `source` to the new file `target`.
 
     `head` replaces the first `skip` bytes, `patches` (in order, apart from each other) replace
-    bytes of the same length, `tail` is appended; `advance` is told of every so many bytes done.
+    bytes of the same length, what lies from `stop` on is read but not written, `tail` is
+    appended; `advance` is told of every so many bytes done.
     Raises `CheckpointError` where the source is cut short while it is read.
     """
     twin = _Twin()
     with open_regular(source) as old, target.open("xb", buffering=0) as output:
-        new = output.fileno()
-        cloned = head is None and _clone(old, new)
+        new, size = output.fileno(), os.fstat(old).st_size
+        end = size if stop is None else stop
+        cloned = head is None and end == size and _clone(old, new)
         if head is not None:
             twin.update(read_exactly(old, 0, skip, str(source)), head)
-            _write(new, 0, head)
+            write_at(new, 0, head)
         shift = 0 if head is None else len(head) - skip
-        size = os.fstat(old).st_size
-        for begin, before, after in _pieces(old, skip, size, patches, str(source)):
+        for begin, before, after in _pieces(old, skip, end, patches, str(source)):
             twin.update(before, after)
             if not cloned or before is not after:
-                _write(new, begin + shift, after)
+                write_at(new, begin + shift, after)
             if advance is not None:
                 advance(len(after))
-        end = size + shift
+        for _, left, _ in _pieces(old, end, size, (), str(source)):
+            twin.update(left, b"")
+        place = end + shift
         for extra in tail:
             twin.update(b"", extra)
-            _write(new, end, extra)
-            end += len(extra)
+            write_at(new, place, extra)
+            place += len(extra)
     return twin.digests()
 
 
 def _pieces(
     descriptor: int, begin: int, size: int, patches: Sequence[Patch], file: str
-) -> Iterator[tuple[int, bytearray, bytes | bytearray]]:
-    """(offset, old bytes, new bytes) over the whole source; the same object where unpatched."""
+) -> Iterator[tuple[int, Bytes, Bytes]]:
+    """(offset, old bytes, new bytes) over the whole source; the same object where unpatched.
+
+    Unpatched bytes come in one buffer that is used again and again: they are gone with the next
+    piece, and no fresh memory is touched for them.
+    """
+    buffer = memoryview(bytearray(min(CHUNK, size)))
     for patch in patches:
-        yield from _plain(descriptor, begin, patch.begin, file)
+        yield from _plain(descriptor, begin, patch.begin, buffer, file)
         old = read_exactly(descriptor, patch.begin, patch.end - patch.begin, file)
         yield patch.begin, old, patch.make(old)
         begin = patch.end
-    yield from _plain(descriptor, begin, size, file)
+    yield from _plain(descriptor, begin, size, buffer, file)
 
 
 def _plain(
-    descriptor: int, begin: int, end: int, file: str
-) -> Iterator[tuple[int, bytearray, bytearray]]:
+    descriptor: int, begin: int, end: int, buffer: memoryview, file: str
+) -> Iterator[tuple[int, memoryview, memoryview]]:
     for offset in range(begin, end, CHUNK):
-        data = read_exactly(descriptor, offset, min(CHUNK, end - offset), file)
-        yield offset, data, data
+        part = buffer[: min(CHUNK, end - offset)]
+        read_into(descriptor, offset, part, file)
+        yield offset, part, part
 
 
 def _clone(source: int, target: int) -> bool:
@@ -124,7 +137,8 @@ def _clone(source: int, target: int) -> bool:
     return True
 
 
-def _write(descriptor: int, offset: int, data: bytes | bytearray) -> None:
+def write_at(descriptor: int, offset: int, data: Bytes) -> None:
+    """Writes all of `data` at `offset`."""
     view = memoryview(data)
     while view:
         written = os.pwrite(descriptor, view, offset)

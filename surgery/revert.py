@@ -1,0 +1,169 @@
+"""Both ways along a delta: the base again from its edited checkpoint, and the other way round.
+
+Nothing is computed; bytes are put back. The checkpoint at hand must be the one the delta names,
+and what is written must be the one it leads to, by the SHA-256 of every file: anything else
+leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from surgery.addresses import Region
+from surgery.checkpoint import Checkpoint, Header, Staging, TensorInfo
+from surgery.checkpoint.delta import Delta, Side
+from surgery.checkpoint.dtypes import numpy_dtype
+from surgery.checkpoint.header import parse_header
+from surgery.checkpoint.stream import Copied, Patch, copy
+from surgery.editor import bands, row_bytes
+from surgery.errors import CheckpointError, quote
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint written from another and a delta.
+
+    `lost` are files of the base in other weight formats that were not carried and so could not
+    be given back.
+    """
+
+    output: Path
+    files: int
+    lost: tuple[str, ...]
+
+
+def revert(edited: Path, delta: Path, output: Path) -> Restored:
+    """Writes to `output` the base that `edited` was made from, every file to the byte.
+
+    Raises `CheckpointError` where `delta` does not belong to `edited`, or where the result is
+    not the base it names.
+    """
+    return _restore(edited, Delta.open(delta), output, "before")
+
+
+def apply_delta(base: Path, delta: Path, output: Path) -> Restored:
+    """Writes to `output` the edited checkpoint that `delta` was made with, from its base."""
+    return _restore(base, Delta.open(delta), output, "after")
+
+
+def _restore(source: Path, delta: Delta, output: Path, side: Side) -> Restored:
+    record = delta.record
+    was, becomes = record.edited, record.base
+    if side == "after":
+        was, becomes = becomes, was
+    checkpoint = Checkpoint.open(source)
+    with Staging(output, (source,)) as staging:
+        staging.require(sum(h.data_start for h in checkpoint.headers.values()))
+        for file in checkpoint.headers:
+            copied = _restore_shard(checkpoint, delta, file, staging.place(file), side)
+            _check(source, file, copied.source, was)
+            _check(output, file, copied.target, becomes)
+        changed = dict(_changed_files(delta, side))
+        for file in sorted({*becomes} - {*checkpoint.headers} - {*changed}):
+            copied = copy(checkpoint.path(file), staging.place(file))
+            _check(output, file, copied.target, becomes)
+        for file, data in changed.items():
+            if data is not None:
+                _check(output, file, staging.write(file, data), becomes)
+        staging.commit()
+    return Restored(output, len(becomes), record.lost if side == "before" else ())
+
+
+def _changed_files(delta: Delta, side: Side) -> Iterator[tuple[str, bytes | None]]:
+    for number, file in enumerate(delta.record.files):
+        yield file, delta.file(number, side)
+
+
+def _check(folder: Path, file: str, digest: str, expected: dict[str, str]) -> None:
+    if expected.get(file) != digest:
+        raise CheckpointError(
+            f"{folder}: {quote(file)} has SHA-256 {digest}, the delta says "
+            f"{quote(expected.get(file))}; it belongs to another checkpoint"
+        )
+
+
+def _restore_shard(
+    checkpoint: Checkpoint, delta: Delta, file: str, target: Path, side: Side
+) -> Copied:
+    old = checkpoint.headers[file]
+    head, new = _head(delta, file, old, side)
+    own = [info for info in old.tensors.values() if info.name in new.tensors]
+    patches = [
+        patch
+        for info in sorted(own, key=lambda info: info.begin)
+        for patch in _patches(delta, info, side)
+    ]
+    end = max((info.end for info in own), default=old.data_start)
+    appended = [info for name, info in new.tensors.items() if name not in old.tensors]
+    return copy(
+        checkpoint.path(file),
+        target,
+        head=head,
+        skip=old.data_start if head else 0,
+        patches=patches,
+        stop=end,
+        tail=(data for info in appended for data in _appended(checkpoint, delta, info, side)),
+    )
+
+
+def _head(delta: Delta, file: str, old: Header, side: Side) -> tuple[bytes | None, Header]:
+    """The new first bytes of a shard, None where they stay, and its new header."""
+    if file not in delta.record.headers:
+        return None, old
+    raw = delta.shard_header(delta.record.headers.index(file), side)
+    prefix = len(raw).to_bytes(8, "little") + raw
+    # The data of the header to be is what its own offsets say: they must tile it.
+    size = len(prefix) + _data_size(raw, file)
+    return prefix, parse_header(raw, size, file)
+
+
+def _data_size(raw: bytes, file: str) -> int:
+    import json
+
+    entries = json.loads(raw)
+    entries.pop("__metadata__", None)
+    try:
+        return max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+        raise CheckpointError(f"{file}: the delta holds a malformed header") from None
+
+
+def _patches(delta: Delta, info: TensorInfo, side: Side) -> Iterator[Patch]:
+    numbers = _regions_of(delta, info.name)
+    for rows in bands(info) if numbers else ():
+        if any(delta.record.regions[n].region.overlaps(rows) for n in numbers):
+            begin = info.begin + (rows.start[0] * row_bytes(info) if rows.start else 0)
+            size = rows.size * numpy_dtype(info.dtype).itemsize
+            yield Patch(begin, begin + size, partial(_put_back, delta, rows, info, side))
+
+
+def _regions_of(delta: Delta, tensor: str) -> list[int]:
+    return [n for n, region in enumerate(delta.record.regions) if region.tensor == tensor]
+
+
+def _put_back(delta: Delta, rows: Region, info: TensorInfo, side: Side, raw: bytearray) -> bytes:
+    values = np.frombuffer(bytes(raw), numpy_dtype(info.dtype)).reshape(rows.shape).copy()
+    for number in _regions_of(delta, info.name):
+        region = delta.record.regions[number].region
+        if region.overlaps(rows):
+            part = region.intersection(rows)
+            values[part.within(rows)] = delta.region(number, side)[part.within(region)]
+    return values.tobytes()
+
+
+def _appended(
+    checkpoint: Checkpoint, delta: Delta, info: TensorInfo, side: Side
+) -> Iterator[bytes]:
+    """The bytes of a tensor the checkpoint at hand lacks, edits included."""
+    new = next(new for new in delta.added() if new.name == info.name)
+    for rows in bands(info):
+        if new.source is None:
+            start = bytes(rows.size * numpy_dtype(info.dtype).itemsize)
+        else:
+            start = checkpoint.read_rows(new.source, rows).tobytes()
+        yield _put_back(delta, rows, info, side, bytearray(start))

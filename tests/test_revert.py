@@ -1,0 +1,141 @@
+"""Deltas: the base again from its edit, the edit again from its base, every file to the byte."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from models import FAMILIES
+from recipes import HEADS, NEURONS, make_sae, sae_edit, snapshot, write_recipe
+
+from surgery import api
+from surgery.checkpoint.delta import Delta
+from surgery.checkpoint.header import read_header
+from surgery.errors import CheckpointError, InputError, OutputError
+
+EDITS: dict[str, list[dict[str, Any]]] = {
+    "heads": [HEADS],
+    "two of one tensor": [{**HEADS, "heads": ["L0H1"]}, {**HEADS, "heads": ["L0H2"]}],
+    "orthogonalize, untied": [sae_edit("orthogonalize", approximate=True)],
+    "steer_bias": [sae_edit("steer_bias")],
+}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, (data, _) in snapshot(folder).items()}
+
+
+def edit(folder: Path, base: Path, edits: list[dict[str, Any]]) -> tuple[Path, Path]:
+    """Applies with a delta; the edited folder and the delta."""
+    make_sae(folder / "sae", "blocks.1.hook_attn_out", 32)
+    recipe = write_recipe(folder, edits, untie=True, allow_overlap=True)
+    api.apply(recipe, base, folder / "edited", delta=folder / "delta.safetensors")
+    return folder / "edited", folder / "delta.safetensors"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_revert_and_reapply_are_bit_identical(
+    base_of: Callable[..., Path], tmp_path: Path, family: str, name: str, dtype: str
+) -> None:
+    base = base_of(family, dtype)
+    approximate = family == "bert"
+    edits = [
+        {**e, "approximate": approximate} if "approximate" in e else dict(e) for e in EDITS[name]
+    ]
+    edited, delta = edit(tmp_path, base, edits)
+    assert contents(edited) != contents(base)
+    api.revert(edited, delta, tmp_path / "base")
+    assert contents(tmp_path / "base") == contents(base)
+    api.apply(delta, base, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(edited)
+
+
+def test_a_sharded_base_with_a_card_and_a_receipt_comes_back(
+    base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    first, _ = edit(tmp_path / "one", base_of("llama", "bfloat16"), [HEADS])
+    (first / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
+    second, delta = edit(tmp_path / "two", first, [NEURONS])
+    assert "surgery-receipt.json" in contents(second)
+    api.revert(second, delta, tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(first)
+
+
+def test_a_delta_holds_the_original_bytes_of_every_region(
+    base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    from recipes import stored
+
+    base = base_of("llama")
+    _, path = edit(tmp_path, base, [HEADS, NEURONS])
+    delta = Delta.open(path)
+    assert len(delta.record.regions) == 4
+    for number, record in enumerate(delta.record.regions):
+        original = stored(base, record.tensor)[record.region.slices]
+        assert delta.region(number, "before").tobytes() == original.tobytes()
+    with path.open("rb") as file:
+        assert read_header(file.fileno(), "delta").tensors
+
+
+def test_a_delta_of_another_checkpoint_is_refused_and_leaves_nothing(
+    base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    edited, delta = edit(tmp_path, base_of("gpt2"), [HEADS])
+    before = snapshot(tmp_path)
+    for call in (
+        lambda: api.revert(base_of("gpt2"), delta, tmp_path / "out"),
+        lambda: api.apply(delta, edited, tmp_path / "out"),
+        lambda: api.apply(delta, base_of("llama"), tmp_path / "out"),
+    ):
+        with pytest.raises(CheckpointError, match="another checkpoint"):
+            call()
+    assert snapshot(tmp_path) == before
+
+
+def test_what_is_no_delta_or_no_new_file_is_refused(
+    base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = base_of("gpt2")
+    with pytest.raises(CheckpointError, match="not a delta"):
+        api.apply(base / "model.safetensors", base, tmp_path / "out")
+    recipe = write_recipe(tmp_path, [HEADS])
+    for occupied in (recipe, base / "delta.safetensors", tmp_path / "no" / "delta"):
+        with pytest.raises(OutputError):
+            api.apply(recipe, base, tmp_path / "out", delta=occupied)
+    with pytest.raises(InputError, match="a delta already"):
+        api.apply(base / "model.safetensors", base, tmp_path / "out", delta=tmp_path / "d")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_apply_leaves_no_delta(base_of: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, [{**HEADS, "factor": 1e38}])
+    with pytest.raises(InputError, match="smaller factor"):
+        api.apply(recipe, base_of("gpt2", "float16"), tmp_path / "o", delta=tmp_path / "d")
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.json"}
+
+
+@given(st.data())
+def test_a_flipped_bit_of_a_delta_never_gives_a_wrong_checkpoint(
+    base_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("flip")
+    base = base_of("gpt2")
+    edited, delta = edit(folder, base, [HEADS])
+    raw = bytearray(delta.read_bytes())
+    position = data.draw(st.integers(0, len(raw) - 1))
+    raw[position] ^= 1 << data.draw(st.integers(0, 7))
+    delta.write_bytes(raw)
+    try:
+        api.revert(edited, delta, folder / "back")
+    except InputError:
+        assert not (folder / "back").exists()
+    else:
+        assert contents(folder / "back") == contents(base)
+    shutil.rmtree(folder)
