@@ -67,7 +67,9 @@ def parse_layers(layers: str | list[int] | tuple[int, ...], count: int) -> tuple
         layers = list(range(first, last + 1))
     for layer in layers:
         _check_layer(layer, count)
-    if not layers or len(set(layers)) != len(layers):
+    if not layers:
+        raise RecipeError("a layer set must name at least one layer")
+    if len(set(layers)) != len(layers):
         raise RecipeError(f"a layer set must name each layer once, found {quote(list(layers))}")
     return tuple(sorted(layers))
 

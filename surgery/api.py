@@ -99,7 +99,7 @@ def verify(
 
 
 def diff_weights(a: AnyPath, b: AnyPath) -> Comparison:
-    """Which tensors of two checkpoints of one layout differ, where and by how much."""
+    """Which tensors of two checkpoints differ, where and by how much."""
     from surgery.compare import diff_weights as run
 
     return run(Path(a), Path(b))

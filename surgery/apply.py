@@ -53,6 +53,12 @@ class Applied:
     edited: tuple[str, ...]
     receipt: dict[str, Any]
 
+    @property
+    def nonfinite(self) -> dict[str, int]:
+        """Edited tensors whose source holds NaN or infinities, and how many; they were kept."""
+        records = self.receipt["predicate"]["tensors"]
+        return {r["name"]: r["source_nonfinite"] for r in records if r["source_nonfinite"]}
+
 
 def apply(
     recipe: Path,
@@ -215,13 +221,15 @@ class _TensorRecord:
     def __init__(self, plan: Plan, tensor: str, delta: DeltaWriter | None) -> None:
         self._plan, self._tensor, self._delta = plan, tensor, delta
         self._before, self._after = hashlib.sha256(), hashlib.sha256()
-        self._squares, self._largest, self._changed = 0.0, 0.0, 0
+        self._squares, self._largest, self._changed, self._nonfinite = 0.0, 0.0, 0, 0
 
     def add(self, rows: Region, old: NDArray[Any], new: NDArray[Any]) -> bytes:
         """Counts the band `rows` in; returns its new bytes."""
         if self._delta is not None:
             self._delta.add(rows, old, new)
         before, after = old.tobytes(), new.tobytes()
+        with np.errstate(invalid="ignore"):  # a signalling NaN says so
+            self._nonfinite += int(np.count_nonzero(~np.isfinite(old)))
         self._before.update(before)
         self._after.update(after)
         if before != after:
@@ -244,6 +252,8 @@ class _TensorRecord:
             "shape": list(info.shape),
             "before_sha256": self._before.hexdigest() if stored else None,
             "after_sha256": self._after.hexdigest(),
+            # NaN and infinities of the source are kept to the bit; that they are there is said.
+            "source_nonfinite": self._nonfinite,
             "edits": _edit_records(plan, steps),
             "change": {
                 "frobenius": repr(float(np.sqrt(self._squares))),

@@ -6,11 +6,12 @@ Exit codes: 0 pass, 1 the verdict is fail, 2 bad input or usage, 3 environment o
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import signal
 import sys
 import traceback
+from json import dumps
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +23,8 @@ from surgery.errors import EnvironmentFault, SurgeryError
 VERDICTS = {"pass": 0, "fail": 1, "not_evaluated": 5}
 LAYOUTS = ("portable",)
 FORMATS = ("text", "json", "md", "html")
+
+TRUE = frozenset({"1", "true", "t", "yes", "y", "on"})
 
 PATH = click.Path(path_type=Path)
 model_option = click.option(
@@ -36,17 +39,35 @@ policy_option = click.option(
 stimuli_option = click.option(
     "--stimuli", type=PATH, multiple=True, metavar="FILE", help="JSON lines of prompts; repeatable."
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+json_option = click.option("--json", is_flag=True, help="Print JSON.")
 outside_option = click.option(
     "--allow-outside", is_flag=True, help="Let the recipe read files outside its folder."
 )
 task_option = click.option(
     "--task", metavar="TASK", help="causal-lm, causal-lm-with-past or encoder."
 )
-seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Of the probes.")
+seed_option = click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the probes."
+)
+
+
+class Seconds(click.FloatRange):
+    """A finite number of seconds; every comparison with NaN is false, so a range holds it."""
+
+    name = "seconds"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if not math.isfinite(seconds):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return seconds
+
+
 timeout_option = click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(min=0, min_open=True),
     default=1800,
     show_default=True,
     help="Seconds each corner may take.",
@@ -66,7 +87,7 @@ def cli(debug: bool) -> None:
 @cli.command()
 @click.argument("model", type=PATH)
 @json_option
-def inspect(model: Path, as_json: bool) -> None:
+def inspect(model: Path, json: bool) -> None:
     """Show family, sizes, tensors and their roles, from headers alone.
 
     Example: surgery inspect fixtures/capitals-gpt2
@@ -75,7 +96,7 @@ def inspect(model: Path, as_json: bool) -> None:
     from surgery.console import inspection_text
 
     found = run(model)
-    echo_json(found.to_json()) if as_json else click.echo(inspection_text(found))
+    echo_json(found.to_json()) if json else click.echo(inspection_text(found))
 
 
 @cli.command()
@@ -83,7 +104,7 @@ def inspect(model: Path, as_json: bool) -> None:
 @model_option
 @outside_option
 @json_option
-def plan(recipe: Path, model: Path, allow_outside: bool, as_json: bool) -> None:
+def plan(recipe: Path, model: Path, allow_outside: bool, json: bool) -> None:
     """Show what a recipe would change; reads no weights.
 
     Example: surgery plan recipe.yaml --model model/
@@ -92,7 +113,7 @@ def plan(recipe: Path, model: Path, allow_outside: bool, as_json: bool) -> None:
     from surgery.console import plan_json, plan_text
 
     found = run(recipe, model, allow_outside=allow_outside)
-    echo_json(plan_json(found)) if as_json else click.echo(plan_text(found))
+    echo_json(plan_json(found)) if json else click.echo(plan_text(found))
 
 
 @cli.command()
@@ -144,7 +165,7 @@ def revert(edited: Path, delta: Path, output: Path) -> None:
 @click.option("--base", type=PATH, metavar="DIR", help="Also recompute every edited region.")
 @click.option("--recipe", type=PATH, metavar="FILE", help="Needed where the recipe reads files.")
 @json_option
-def verify(edited: Path, base: Path | None, recipe: Path | None, as_json: bool) -> None:
+def verify(edited: Path, base: Path | None, recipe: Path | None, json: bool) -> None:
     """Re-check an edited checkpoint against its receipt and its base.
 
     Example: surgery verify edited/ --base model/
@@ -154,7 +175,7 @@ def verify(edited: Path, base: Path | None, recipe: Path | None, as_json: bool) 
     from surgery.api import verify as run
 
     found = run(edited, base=base, recipe=recipe)
-    if as_json:
+    if json:
         echo_json({"ok": found.ok, **asdict(found)})
     else:
         for finding in found.findings:
@@ -169,7 +190,7 @@ def verify(edited: Path, base: Path | None, recipe: Path | None, as_json: bool) 
 @click.argument("b", type=PATH)
 @json_option
 @click.option("--exit-code", is_flag=True, help="Exit 1 if anything differs.")
-def diff_weights(a: Path, b: Path, as_json: bool, exit_code: bool) -> None:
+def diff_weights(a: Path, b: Path, json: bool, exit_code: bool) -> None:
     """Show which tensors of two checkpoints differ, where, by how much and in what rank.
 
     Example: surgery diff-weights model/ edited/
@@ -180,7 +201,7 @@ def diff_weights(a: Path, b: Path, as_json: bool, exit_code: bool) -> None:
     from surgery.console import comparison_text
 
     found = run(a, b)
-    echo_json(asdict(found)) if as_json else click.echo(comparison_text(found))
+    echo_json(asdict(found)) if json else click.echo(comparison_text(found))
     sys.exit(1 if exit_code and found.changed else 0)
 
 
@@ -199,7 +220,7 @@ def export(
     task: str | None,
     opset: int | None,
     dtype: str,
-    as_json: bool,
+    json: bool,
 ) -> None:
     """Export a checkpoint to ONNX.
 
@@ -212,7 +233,7 @@ def export(
     with stages() as progress:
         progress(f"exporting {model}")
         done = run(model, folder, task=task, opset=opset, dtype=dtype, layout=layout)
-    if as_json:
+    if json:
         echo_json(done.to_json())
     else:
         written = size(sum(done.sizes.values()))
@@ -230,7 +251,7 @@ def export(
 @seed_option
 @timeout_option
 @click.option("--report", type=PATH, required=True, metavar="FILE", help="Where to write JSON.")
-def diff(report: Path, timeout: float, **options: Any) -> None:
+def diff(report: Path, policy: Path | None, timeout: float, **options: Any) -> None:
     """Test a conversion, or with --edited all four corners.
 
     Example: surgery diff --model model/ --onnx model.onnx --report report.json
@@ -238,10 +259,13 @@ def diff(report: Path, timeout: float, **options: Any) -> None:
     from surgery.api import diff as run
     from surgery.console import stages
     from surgery.differential import Limits
+    from surgery.report.place import check_place
 
-    refuse_folder(report)
+    given = (options["onnx"], options["edited_onnx"], policy, *options["stimuli"])
+    folders = filter(None, (options["model"], options["edited"]))
+    check_place(report, filter(None, given), folders)
     with stages() as progress:
-        found = run(**options, limits=Limits(timeout), progress=progress)
+        found = run(**options, policy=policy, limits=Limits(timeout), progress=progress)
     write_text(report, found.dump())
     finish(found)
 
@@ -272,9 +296,11 @@ def validate(recipe: Path, output: Path, timeout: float, **options: Any) -> None
 
 @cli.command()
 @click.argument("report", type=PATH)
-@policy_option
+@click.option(
+    "--policy", type=PATH, metavar="FILE", help="Limits to judge by (default: the report's own)."
+)
 @json_option
-def gate(report: Path, policy: Path | None, as_json: bool) -> None:
+def gate(report: Path, policy: Path | None, json: bool) -> None:
     """Judge a report: exit 0 for pass, 1 for fail, 5 if nothing was compared.
 
     Example: surgery gate report.json --policy policy.yaml
@@ -282,7 +308,7 @@ def gate(report: Path, policy: Path | None, as_json: bool) -> None:
     from surgery.api import gate as run
 
     found = run(report, policy)
-    if as_json:
+    if json:
         from surgery.report.model import plain
 
         echo_json(plain(found))
@@ -304,12 +330,15 @@ def report(report: Path, format: str, output: Path | None) -> None:
     """
     from surgery.report import load_report, render
 
+    if output is not None:
+        from surgery.report.place import check_place
+
+        check_place(output, [report])
     found = load_report(report)
     if output is None:
         text = terminal_text(found) if format == "text" else render(found, format)
         click.echo(text, nl=False)
     else:
-        refuse_folder(output)
         write_text(output, render(found, format))
 
 
@@ -341,10 +370,11 @@ def demo(output: Path) -> None:
 
 
 def terminal_text(report: Any, brief: bool = False) -> str:
-    """A report for stdout, with colours where that is a terminal that wants them."""
-    from surgery.report.text import Text, wants_color
+    """A report for stdout, as wide as the terminal and with colours if that is wanted."""
+    from surgery.report.text import Text, wanted_width, wants_color
 
-    return Text(color=wants_color(sys.stdout), brief=brief).render(report)
+    color, width = wants_color(sys.stdout), wanted_width(sys.stdout)
+    return Text(color=color, width=width, brief=brief).render(report)
 
 
 def finish(report: Any, tail: str = "") -> None:
@@ -356,15 +386,7 @@ def finish(report: Any, tail: str = "") -> None:
 
 
 def echo_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, default=str, allow_nan=False))
-
-
-def refuse_folder(path: Path) -> None:
-    """Fails before long work if a file could not be written at its end."""
-    from surgery.errors import OutputError
-
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise OutputError(f"{path}: must name a file in a folder that exists")
+    click.echo(dumps(value, indent=2, default=str, allow_nan=False))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -378,30 +400,54 @@ def write_text(path: Path, text: str) -> None:
 
 
 class Terminated(BaseException):
-    """SIGTERM, as an exception, so that staged folders are cleaned up."""
+    """SIGTERM or SIGHUP, as an exception, so that staged folders are cleaned up."""
 
 
 def main() -> None:
     """The entry point: `cli` with errors as one line and their exit codes."""
-    signal.signal(signal.SIGTERM, _terminate)
-    debug = "--debug" in sys.argv[1:]
     try:
-        code = cli.main(standalone_mode=False, auto_envvar_prefix="SURGERY")
-    except (click.exceptions.Abort, KeyboardInterrupt):
+        _handle_signals()
+        code = _call()
+    except KeyboardInterrupt:
         code = 130
     except Terminated:
         code = 143
+    sys.exit(code)
+
+
+def _handle_signals() -> None:
+    """Makes exceptions of signals, but for those that whoever started us has them ignore."""
+    handlers: dict[signal.Signals, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: _terminate,
+        signal.SIGHUP: _terminate,
+    }
+    for number, handler in handlers.items():
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def _call() -> int:
+    """The exit code of one call."""
+    debug = "--debug" in sys.argv[1:] or os.environ.get("SURGERY_DEBUG", "").lower() in TRUE
+    try:
+        options: dict[str, Any] = {"prog_name": "surgery", "auto_envvar_prefix": "SURGERY"}
+        return int(cli.main(standalone_mode=False, **options) or 0)
+    except click.exceptions.Abort:
+        return 130
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return error.exit_code
     except click.ClickException as error:
-        code = _complain(_usage_message(error), 2)
+        return _complain(_usage_message(error), 2)
     except SurgeryError as error:
-        code = _complain(str(error), error.exit_code, debug)
+        return _complain(str(error), error.exit_code, debug)
     except OSError as error:
         fault = EnvironmentFault(f"{error.filename or 'system'}: {error.strerror}")
-        code = _complain(str(fault), fault.exit_code, debug)
+        return _complain(str(fault), fault.exit_code, debug)
     except Exception as error:  # the last resort: an error of ours, said in one line
         hint = "" if debug else "; --debug before the command shows where"
-        code = _complain(f"internal error: {type(error).__name__}: {error}{hint}", 3, debug)
-    sys.exit(code)
+        return _complain(f"internal error: {type(error).__name__}: {error}{hint}", 3, debug)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

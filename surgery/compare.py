@@ -1,4 +1,4 @@
-"""What differs between two checkpoints of one layout, tensor by tensor."""
+"""What differs between two checkpoints, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import EDITABLE
-from surgery.errors import CheckpointError, quote
+
+MAX_RANK_SIDE = 4096
+"""Rows or columns, whichever are fewer, up to which a rank is computed: it takes their cube."""
 
 
 @dataclass(frozen=True)
@@ -34,35 +37,43 @@ class TensorChange:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`changed` tensors of two checkpoints, `equal` ones by count."""
+    """`changed` tensors of two checkpoints, `equal` ones by count, and those that cannot be
+    compared: `only_a` and `only_b` by name, `other_form` with another shape or dtype."""
 
     equal: int
     changed: tuple[TensorChange, ...]
+    only_a: tuple[str, ...] = ()
+    only_b: tuple[str, ...] = ()
+    other_form: tuple[str, ...] = ()
+
+    @property
+    def same(self) -> bool:
+        return not (self.changed or self.only_a or self.only_b or self.other_form)
 
 
 def diff_weights(a: Path, b: Path) -> Comparison:
-    """Compares checkpoint folders `a` and `b`.
-
-    Raises `CheckpointError` for a malformed one, and where names, shapes or dtypes differ.
-    """
+    """Compares checkpoint folders `a` and `b`; raises `CheckpointError` for a malformed one."""
     left, right = Checkpoint.open(a), Checkpoint.open(b)
-    _refuse_other_layout(left, right)
-    changed = tuple(_changes(left, right))
-    return Comparison(len(left.tensors) - len(changed), changed)
+    common = [name for name in left.tensors if name in right.tensors]
+    alike = [n for n in common if _form(left, n) == _form(right, n)]
+    changed = tuple(_changes(left, right, alike))
+    return Comparison(
+        len(alike) - len(changed),
+        changed,
+        tuple(sorted(set(left.tensors) - set(common))),
+        tuple(sorted(set(right.tensors) - set(common))),
+        tuple(sorted(set(common) - set(alike))),
+    )
 
 
-def _refuse_other_layout(left: Checkpoint, right: Checkpoint) -> None:
-    for name in sorted({*left.tensors, *right.tensors}):
-        forms = [(t.dtype, t.shape) for t in (left.tensors.get(name), right.tensors.get(name)) if t]
-        if len(forms) != 2 or forms[0] != forms[1]:
-            raise CheckpointError(
-                f"{right.root}: {quote(name)} is not there with the same shape and dtype as in "
-                f"{left.root}; only checkpoints of one layout can be compared"
-            )
+def _form(checkpoint: Checkpoint, name: str) -> tuple[str, tuple[int, ...]]:
+    info = checkpoint.tensors[name]
+    return info.dtype, info.shape
 
 
-def _changes(left: Checkpoint, right: Checkpoint) -> Iterator[TensorChange]:
-    for name, info in left.tensors.items():
+def _changes(left: Checkpoint, right: Checkpoint, names: list[str]) -> Iterator[TensorChange]:
+    for name in names:
+        info = left.tensors[name]
         if left.read_bytes(name) == right.read_bytes(name):
             continue
         if info.dtype in EDITABLE:
@@ -83,11 +94,23 @@ def _numeric_change(name: str, a: NDArray[Any], b: NDArray[Any]) -> TensorChange
         tuple(np.flatnonzero(differs.any(axis=0)).tolist()) if matrix else None,
         float(np.linalg.norm(change)),
         float(np.abs(change).max()),
-        _rank(change, differs) if matrix else None,
+        _rank(change, b, differs) if matrix else None,
     )
 
 
-def _rank(change: NDArray[np.float64], differs: NDArray[np.bool_]) -> int | None:
-    """Numerical rank of the changed block; None where it holds NaN or infinities."""
-    block = change[differs.any(axis=1)][:, differs.any(axis=0)]
-    return int(np.linalg.matrix_rank(block)) if np.isfinite(block).all() else None
+def _rank(change: NDArray[np.float64], b: NDArray[Any], differs: NDArray[np.bool_]) -> int | None:
+    """Numerical rank of the changed block: its singular values above what rounding makes.
+
+    An element b of the result is off by up to eps/2·|b|, and a random matrix of such errors has
+    no singular value above their root mean square times √rows + √columns. None where the block
+    holds NaN or infinities, or is too large to decompose.
+    """
+    rows, columns = differs.any(axis=1), differs.any(axis=0)
+    block, result = change[rows][:, columns], b[rows][:, columns].astype(np.float64)
+    if not np.isfinite(block).all() or min(block.shape) > MAX_RANK_SIDE:
+        return None
+    singular = np.linalg.svd(block, compute_uv=False)
+    half_ulp = float(ml_dtypes.finfo(b.dtype).eps) / 2
+    rounding = half_ulp * np.sqrt(np.square(result).mean()) * np.sqrt(block.shape).sum()
+    exact = singular[0] * max(block.shape) * np.finfo(np.float64).eps
+    return int((singular > max(rounding, exact)).sum())

@@ -12,9 +12,10 @@ from surgery.checkpoint.receipt import EDIT_PREDICATE, open_receipt
 from surgery.errors import InputError
 from surgery.export import onnxfile
 from surgery.export.external import location
-from surgery.pipeline import EDITED, MODEL, ONNX, REPORT_JSON, diff, validate
+from surgery.gate import EXIT_CODES, FAIL, judge
+from surgery.pipeline import EDITED, MODEL, ONNX, REPORT_HTML, REPORT_JSON, diff, validate
 from surgery.policy import load_policy
-from surgery.report import Report, render
+from surgery.report import Report, load_report, render
 
 Show = Callable[[str], None]
 
@@ -76,7 +77,7 @@ def _run_case(
     )
     show(f"━━━ {case.title} ({case.fixture}, {case.recipe}.yaml)\n")
     show(_summary(report))
-    show(f"report: {output / case.recipe / 'report.html'}\n")
+    show(f"report: {output / case.recipe / REPORT_HTML}\n")
     return report.verdict == "pass"
 
 
@@ -98,13 +99,16 @@ def _run_damaged(
         progress=lambda stage: progress(f"damaged export: {stage}"),
     )
     (damaged / REPORT_JSON).write_text(render(report, "json"), "utf-8")
-    (damaged / "report.html").write_text(render(report, "html"), "utf-8")
+    (damaged / REPORT_HTML).write_text(render(report, "html"), "utf-8")
     show(f"━━━ planted fault: {tensor} left stale in the edited export\n")
     show(_summary(report))
-    show(f"report: {output / DAMAGED / 'report.html'}\n")
-    caught = report.verdict == "fail" and any(tensor in f.site for f in report.findings)
-    show(f"`surgery gate` on it exits {0 if report.verdict == 'pass' else 1}: the fault was "
-         f"{'caught and named' if caught else 'NOT caught'}")  # fmt: skip
+    show(f"report: {output / DAMAGED / REPORT_HTML}\n")
+    verdict = judge(load_report(damaged / REPORT_JSON).evidence(), report.policy)
+    caught = verdict.verdict == FAIL and any(tensor in f.site for f in verdict.findings)
+    show(
+        f"surgery gate {output / DAMAGED / REPORT_JSON}: {verdict.verdict}, exit code "
+        f"{EXIT_CODES[verdict.verdict]}; the fault was {'caught and named' if caught else 'MISSED'}"
+    )
     return caught
 
 

@@ -6,9 +6,11 @@ The law:
 2. Faults and corners that did not end "ok" fail, whatever else was measured.
 3. Otherwise, where nothing was compared the verdict is not_evaluated, never pass.
 4. The corners are the original pair or all four. What those corners should have yielded (C_o;
-   with all four C_e and the interaction) and did not yield fails.
-5. A number that is not one fails, even where no limit is set on it; so does an infinite
-   yardstick, against which any error would look small.
+   with all four C_e and the interaction on every stimulus set; every embedding row) and did not
+   yield fails.
+5. Evidence that no run can have measured fails, even where no limit is set on it: a number that
+   is not one or not finite, a negative magnitude, a cosine beyond 1, an error over no noise, a
+   row of a corner that did not run.
 6. Conversion: on every edge and output, the worst and the L2 error stay within
    `conversion.max_noise_ratio` times float32 noise.
 7. Interaction: on every stimulus set, ||I|| stays within `interaction.max_ratio` of the effect,
@@ -23,14 +25,23 @@ A larger error never turns a fail into a pass (a property test holds the gate to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from surgery.evidence import CORNERS, EDGES, Conversion, Drift, Effect, Evidence, Finding
 from surgery.evidence import Interaction as Measured
 from surgery.policy import Policy, TargetRule
 
 PASS, FAIL, NOT_EVALUATED = "pass", "fail", "not_evaluated"
+
+EXIT_CODES = {PASS: 0, FAIL: 1, NOT_EVALUATED: 5}
+"""What a command that judges exits with."""
+
+IMPOSSIBLE = "impossible"
+"""The symptom of evidence that no run can have measured."""
+
+UNCOVERED = "embedding not compared"
 
 RUNTIMES = {"T": "PyTorch", "R": "ONNX Runtime"}
 
@@ -40,8 +51,14 @@ MUCH_WORSE = 4.0
 RHO_TOLERANCE = 0.15
 """How near rho must be to -1, -0.5 or +1 to be named; a quarter lost stays unnamed."""
 
-YARDSTICKS = frozenset({"noise_max", "noise_l2", "noise", "effect"})
-"""What errors are divided by, or compared with."""
+MAGNITUDE = (0.0, math.inf)
+BOUNDS = {
+    "cosine": (-1.0001, 1.0001),
+    "rho": (-math.inf, math.inf),
+    "kl": (-1e-9, math.inf),
+    "flip_rate": (0.0, 1.0),
+}
+"""What a measured number can be, rounding included; every other one is a `MAGNITUDE`."""
 
 RHO_NAMES = {-1.0: "the edit was lost", -0.5: "half lost", 1.0: "applied twice"}
 
@@ -60,7 +77,7 @@ def judge(evidence: Evidence, policy: Policy) -> Verdict:
     if not broken and not evidence.compared > 0:
         return Verdict(NOT_EVALUATED, (_nothing_compared(evidence),))
     rules: tuple[Callable[[Evidence, Policy], Iterator[Finding]], ...]
-    rules = (_coverage, _conversion, _interaction, _numbers, _preserve, _target)
+    rules = (_coverage, _places, _runs, _conversion, _interaction, _numbers, _preserve, _target)
     found = [finding for rule in rules for finding in rule(evidence, policy)]
     findings = (*broken, *found)
     return Verdict(FAIL if findings else PASS, findings)
@@ -98,26 +115,106 @@ def _coverage(evidence: Evidence, policy: Policy) -> Iterator[Finding]:
         if evidence.corners.keys() >= set(pair) and edge not in measured:
             message = f"{' and '.join(pair)} ran, but {edge} was not measured"
             yield Finding("coverage", "not measured", edge, message)
-    if _edited(evidence) and not evidence.interaction:
+    if _edited(evidence):
+        yield from _without_interaction(evidence)
+    yield from _uncovered(evidence)
+
+
+def _without_interaction(evidence: Evidence) -> Iterator[Finding]:
+    """Every stimulus set whose behaviour was measured has an interaction."""
+    sets = dict.fromkeys(
+        [row.stimulus_set for row in evidence.drift]
+        + [row.stimulus_set for row in evidence.effects]
+    )
+    measured = {row.stimulus_set for row in evidence.interaction}
+    if not measured:
         message = "all four corners ran, but the interaction was not measured"
         yield Finding("coverage", "not measured", "I", message)
+    for name in sets if measured else ():
+        if name not in measured:
+            message = f"the interaction was not measured on the {name} set"
+            yield Finding("coverage", "not measured", f"I/{name}", message)
+
+
+def _uncovered(evidence: Evidence) -> Iterator[Finding]:
+    """ONNX Runtime looked up every embedding row, or a fault has said that it did not."""
+    ran = any(n.startswith("R") and c.status == "ok" for n, c in evidence.corners.items())
+    said = any(fault.symptom == UNCOVERED for fault in evidence.faults)
+    if ran and not said and not evidence.covered_rows > 0:
+        message = "no embedding row was compared in ONNX Runtime"
+        yield Finding("coverage", UNCOVERED, "run", message, evidence.covered_rows)
+
+
+def _places(evidence: Evidence, policy: Policy) -> Iterator[Finding]:
+    """Law 5: every row is of corners that ran."""
+    for stage, site, needed in _needed(evidence):
+        if absent := [name for name in needed if name not in evidence.corners]:
+            message = f"{site} was measured, but {', '.join(absent)} did not run"
+            yield Finding(stage, IMPOSSIBLE, site, message)
+
+
+def _needed(evidence: Evidence) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Stage, site and corners of every row."""
+    for row in evidence.conversion:
+        yield "conversion", f"{row.edge}/{row.output}", EDGES.get(row.edge, (row.edge,))
+    for measured in evidence.interaction:
+        yield "interaction", f"{measured.stimulus_set}/{measured.output}", CORNERS
+    for effect in evidence.effects:
+        site = f"{effect.stimulus_set}/{effect.metric}"
+        yield _stage(effect.stimulus_set), site, tuple(effect.corners)
+    for drift in evidence.drift:
+        site = f"{drift.stimulus_set}/{drift.runtime}"
+        yield _stage(drift.stimulus_set), site, (f"{drift.runtime}_o", f"{drift.runtime}_e")
+
+
+def _runs(evidence: Evidence, policy: Policy) -> Iterator[Finding]:
+    """Law 5 for what the children themselves cost."""
+    for name, corner in evidence.corners.items():
+        if bad := _wrong(corner):
+            message = f"{name}: {_said(bad)}"
+            yield Finding("run", _symptom(bad), name, message)
 
 
 def _numbers(evidence: Evidence, policy: Policy) -> Iterator[Finding]:
     """Law 5, for rows whose limits may not be set (the others are judged in their own rule)."""
     for effect in evidence.effects:
+        site, stage = f"{effect.stimulus_set}/{effect.metric}", _stage(effect.stimulus_set)
         for corner, value in effect.corners.items():
             if not math.isfinite(value):
-                site = f"{effect.stimulus_set}/{effect.metric}/{corner}"
                 message = f"{effect.metric} at {corner} is {value}"
-                yield Finding(_stage(effect.stimulus_set), "nan", site, message, value)
+                yield Finding(stage, "nan", f"{site}/{corner}", message, value)
+        if effect.count < 0:
+            message = f"{effect.metric} was measured on {effect.count} stimuli"
+            yield Finding(stage, IMPOSSIBLE, site, message)
     for drift in evidence.drift:
-        for name in ("kl", "flip_rate"):
-            value = getattr(drift, name)
-            if not math.isfinite(value):
-                site = f"{drift.stimulus_set}/{drift.runtime}/{name}"
-                message = f"{name} in {RUNTIMES.get(drift.runtime, drift.runtime)} is {value}"
-                yield Finding(_stage(drift.stimulus_set), "nan", site, message, value)
+        for name, drifted in _wrong(drift).items():
+            site = f"{drift.stimulus_set}/{drift.runtime}/{name}"
+            message = f"{name} in {RUNTIMES.get(drift.runtime, drift.runtime)} is {drifted}"
+            symptom = _symptom({name: drifted})
+            yield Finding(_stage(drift.stimulus_set), symptom, site, message, drifted)
+
+
+def _wrong(row: Any, *skipped: str) -> dict[str, float]:
+    """The numbers of `row` that no run can have measured."""
+    named = {f.name: getattr(row, f.name) for f in fields(row) if f.name not in skipped}
+    return {
+        name: value
+        for name, value in named.items()
+        if isinstance(value, (int, float)) and not _possible(name, value)
+    }
+
+
+def _possible(name: str, value: float) -> bool:
+    low, high = BOUNDS.get(name, MAGNITUDE)
+    return low <= value <= high and abs(value) < math.inf
+
+
+def _symptom(bad: Mapping[str, float]) -> str:
+    return IMPOSSIBLE if all(abs(value) < math.inf for value in bad.values()) else "nan"
+
+
+def _said(bad: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} is {value}" for name, value in bad.items())
 
 
 def _stage(stimulus_set: str) -> str:
@@ -133,9 +230,9 @@ def _conversion(evidence: Evidence, policy: Policy) -> Iterator[Finding]:
         if not (row.positions > 0 and row.elements > 0):
             message = f"{row.edge} compared no element of {row.output}"
             yield Finding("coverage", "nothing compared", site, message, row.elements)
-        if bad := _not_numbers(row):
-            message = f"{row.edge} of {row.output}: {', '.join(bad)} not a number"
-            yield Finding("conversion", "nan", site, message, math.nan)
+        if bad := _impossible_error(row):
+            message = f"{row.edge} of {row.output}: {_said(bad)}"
+            yield Finding("conversion", _symptom(bad), site, message, next(iter(bad.values())))
         elif not _within(_worst(row), policy.conversion.max_noise_ratio):
             yield _wrong_value(row, evidence, policy.conversion.max_noise_ratio)
 
@@ -172,15 +269,17 @@ def _blame(row: Conversion, evidence: Evidence, limit: float) -> str:
     return f"the converter is at fault, with or without the edit ({theirs})"
 
 
-def _not_numbers(row: Conversion | Measured, *skipped: str) -> list[str]:
-    """Fields of `row` that are NaN, or infinite yardsticks."""
-    named = ((f.name, getattr(row, f.name)) for f in fields(row) if f.name not in skipped)
-    numbers = {name: value for name, value in named if isinstance(value, (int, float))}
-    return [
-        name
-        for name, value in numbers.items()
-        if math.isnan(value) or (name in YARDSTICKS and math.isinf(value))
-    ]
+def _impossible_error(row: Conversion) -> dict[str, float]:
+    """Numbers of `row` that cannot be; its ratios have a limit that judges them."""
+    ratios = {"ratio_max": row.ratio_max, "ratio_l2": row.ratio_l2}
+    bad = _wrong(row, *ratios) | {name: r for name, r in ratios.items() if math.isnan(r)}
+    if row.flips is not None and row.flips > row.positions:
+        bad["flips"] = row.flips
+    if row.noise_max == 0 and (row.max_abs != 0 or row.ratio_max != 0):
+        bad["noise_max"] = row.noise_max
+    if row.noise_l2 == 0 and (row.mean_abs != 0 or row.ratio_l2 != 0):
+        bad["noise_l2"] = row.noise_l2
+    return bad
 
 
 def _within(ratio: float, limit: float) -> bool:
@@ -196,9 +295,12 @@ def _interaction(evidence: Evidence, policy: Policy) -> Iterator[Finding]:
         site = f"{row.stimulus_set}/{row.output}"
         # Against an effect of zero a share and a direction have no meaning: 0/0 is no fault.
         meaningless = ("ratio", "rho") if row.effect == 0 else ()
-        if bad := _not_numbers(row, *meaningless):
-            message = f"interaction on {site}: {', '.join(bad)} not a number"
-            yield Finding("interaction", "nan", site, message, math.nan)
+        bad = _wrong(row, *meaningless)
+        if row.noise == 0 and row.norm != 0:
+            bad["noise"] = row.noise
+        if bad:
+            message = f"interaction on {site}: {_said(bad)}"
+            yield Finding("interaction", _symptom(bad), site, message, next(iter(bad.values())))
         elif not _within(row.noise_ratio, limits.max_noise_ratio):
             if row.effect <= limits.max_noise_ratio * row.noise:
                 yield _beyond_noise(row, site, limits.max_noise_ratio)

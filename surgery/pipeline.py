@@ -15,11 +15,12 @@ from surgery.checkpoint.files import sha256_file
 from surgery.differential import DEFAULT_SEED, Limits, Pair, Workload, make_workload, measure
 from surgery.errors import InputError
 from surgery.evidence import EDGES
-from surgery.export import Task, default_task, export_in_child, find_task, onnxfile
+from surgery.export import CACHED, Task, choose_task, export_in_child, onnxfile
 from surgery.gate import judge
 from surgery.localize import stale_tensors
 from surgery.policy import BUILT_IN, Policy
 from surgery.report import Report, render
+from surgery.runtimes.graph import has_cache
 from surgery.stimuli.prompts import load_stimuli
 
 MODEL = "model.onnx"
@@ -49,8 +50,9 @@ def diff(
 ) -> Report:
     """The differential test of checkpoint `model` and, where given, of `edited`.
 
-    An ONNX file that is not given is exported to a temporary folder. Raises `InputError` for
-    anything given that cannot be used; whatever a corner does is in the report.
+    An ONNX file that is not given is exported to a temporary folder; one that has a key-value
+    cache is judged with it. Raises `InputError` for anything given that cannot be used; whatever
+    a corner does is in the report.
     """
     if edited is None and edited_onnx is not None:
         raise InputError("an edited ONNX file needs the edited checkpoint: give --edited too")
@@ -63,13 +65,20 @@ def diff(
             edge: Pair(folder, given[edge] or Path(scratch) / ONNX[edge] / MODEL)
             for edge, folder in models.items()
         }
+        for path in filter(None, given.values()):
+            progress(f"check of {path}")
+            onnxfile.check(path)
+            if has_cache(onnxfile.read(path)) and asked.task.causal and not asked.task.cache:
+                if task is not None:
+                    raise InputError(
+                        f"{path}: has a key-value cache, which task {task} would leave unseen; "
+                        f"give --task {CACHED} or none"
+                    )
+                asked = _ask(model, stimuli, policy, CACHED, seed)
         for edge, pair in pairs.items():
-            if given[edge] is not None:
-                progress(f"check of {pair.onnx}")
-                onnxfile.check(pair.onnx)
-            else:
+            if given[edge] is None:
                 progress(f"export of {pair.model}")
-                export_in_child(pair.model, pair.onnx.parent, task=task)
+                export_in_child(pair.model, pair.onnx.parent, task=asked.task.name)
         return _report(pairs, asked, stimuli, policy, limits or Limits(), progress)
 
 
@@ -102,7 +111,7 @@ def validate(
         }
         for edge, pair in pairs.items():
             progress(f"export of {ONNX[edge].removeprefix('onnx/')}")
-            export_in_child(pair.model, pair.onnx.parent, task=task)
+            export_in_child(pair.model, pair.onnx.parent, task=asked.task.name)
         bounds = limits or Limits()
         report = _report(pairs, asked, stimuli, policy, bounds, progress, staging.path)
         staging.write(REPORT_JSON, render(report, "json").encode())
@@ -134,7 +143,7 @@ class _Asked:
 def _ask(
     model: Path, stimuli: Sequence[Path], policy: Policy, task: str | None, seed: int
 ) -> _Asked:
-    wanted = find_task(task) if task else default_task(model)
+    wanted = choose_task(model, task)
     base, given = Checkpoint.open(model), load_stimuli(stimuli)
     return _Asked(wanted, make_workload(base, identify(base), wanted, given, policy, seed))
 

@@ -8,6 +8,7 @@ child (exception, signal, time limit) is an `Ending`, never an exception of the 
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -27,6 +28,8 @@ from surgery.errors import EnvironmentFault, InputError, SurgeryError, quote
 PACKAGE_ROOT = Path(surgery.errors.__file__).resolve().parent.parent
 DETAIL_LENGTH = 400
 PR_SET_PDEATHSIG = 1
+_EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE)
+"""What the machine has run out of: nobody's model is to blame."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,9 @@ def _describe(error: Exception) -> dict[str, str]:
     if isinstance(error, SurgeryError):
         kind = "input" if isinstance(error, InputError) else "environment"
         return {"status": "error", "kind": kind, "error": name, "detail": one_line(text)}
+    if isinstance(error, ImportError) or getattr(error, "errno", None) in _EXHAUSTED:
+        return {"status": "error", "kind": "environment", "error": "EnvironmentFault",
+                "detail": one_line(f"{name}: {text}")}  # fmt: skip
     last = (text.strip().splitlines() or ["no message"])[-1]
     detail = quote(f"{name}: {last}", DETAIL_LENGTH)
     return {"status": "error", "kind": "", "error": name, "detail": detail}

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from surgery.checkpoint.files import open_regular, sha256_file
 from surgery.documents import SchemaOne, load_yaml, read_text, validate
 from surgery.edits import OPS, Fields
-from surgery.errors import RecipeError, quote
+from surgery.errors import CheckpointError, RecipeError, quote
 
 
 class _Base(BaseModel):
@@ -100,6 +100,6 @@ class RecipeFolder:
         try:
             with open_regular(path):
                 self.digests[relative] = sha256_file(path)
-        except OSError as error:
-            raise RecipeError(f"{source}: {quote(relative)}: {error.strerror}") from None
+        except CheckpointError as error:
+            raise RecipeError(f"{source}: {error}") from None
         return path

@@ -26,6 +26,8 @@ Parsed = tuple[Any, dict[Path, int]]
 _FORBIDDEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]"
 )
+_FOREIGN_BREAK = re.compile("[\x85\u2028\u2029]")
+"""Line breaks to YAML 1.1, and still to ruamel, but characters like any other to YAML 1.2."""
 _NULL = frozenset({"", "~", "null", "Null", "NULL"})
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
@@ -93,6 +95,9 @@ def parse_yaml(text: str) -> Parsed:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+    if bad := _FOREIGN_BREAK.search(text):
+        line = text.count("\n", 0, bad.start()) + 1
+        raise Problem(f"forbidden character {quote(bad.group())}", line=line)
     try:
         builder = _Builder(YAML(typ="safe", pure=True).parse(text))
         return builder.document(), builder.lines
@@ -100,8 +105,9 @@ def parse_yaml(text: str) -> Parsed:
         mark = cause.problem_mark or cause.context_mark
         problem = printable(cause.problem or cause.context or "unreadable")
         raise Problem(f"not YAML: {problem}", line=mark.line + 1 if mark else None) from None
-    except (YAMLError, ValueError, OverflowError) as cause:
-        # The scanner hands numbers of the text to chr() and int(), which have limits of their own.
+    except (YAMLError, ValueError, OverflowError, AssertionError) as cause:
+        # The scanner hands numbers of the text to chr() and int(), which have limits of their own,
+        # and asserts that `%YAML 1.N` has an N it knows.
         raise Problem(f"not YAML: {printable(str(cause))}") from None
 
 

@@ -46,33 +46,36 @@ class Exporter:
     def __init__(self) -> None:
         self._graphs: dict[str, Any] = {}
 
-    def export(self, model: Path, folder: Path) -> Path:
+    def export(self, model: Path, folder: Path, task: str | None = None) -> Path:
         """`model.onnx` in the new folder `folder`, as `surgery.export.export` binds it."""
         import onnx_ir
 
         from surgery.export.bind import bind
         from surgery.export.capture import capture
         from surgery.export.quiet import quiet
-        from surgery.export.tasks import default_task
+        from surgery.export.tasks import choose_task
 
-        config = json.dumps({**config_of(model), "dtype": "any"}, sort_keys=True)
-        if config not in self._graphs:
-            self._graphs[config] = capture(model, default_task(model).name)
-        bind(self._graphs[config], model)
+        wanted = choose_task(model, task).name
+        key = json.dumps([wanted, {**config_of(model), "dtype": "any"}], sort_keys=True)
+        if key not in self._graphs:
+            self._graphs[key] = capture(model, wanted)
+        bind(self._graphs[key], model)
         folder.mkdir(parents=True)
         with quiet():
-            onnx_ir.save(self._graphs[config], folder / "model.onnx", external_data="weights")
+            onnx_ir.save(self._graphs[key], folder / "model.onnx", external_data="weights")
         return folder / "model.onnx"
 
-    def case(self, root: Path, family: str, seed: int = 0, **overrides: Any) -> Case:
+    def case(
+        self, root: Path, family: str, seed: int = 0, task: str | None = None, **overrides: Any
+    ) -> Case:
         """A random model in the new folder `root`, edited by `EDITS`, and both exported."""
         model = make(family, root / "model", seed, **{"vocab_size": VOCAB, **overrides})
         edited = apply_edits(root, model, EDITS)
         return Case(
             model,
             edited,
-            self.export(model, root / "onnx"),
-            self.export(edited, root / "edited-onnx"),
+            self.export(model, root / "onnx", task),
+            self.export(edited, root / "edited-onnx", task),
         )
 
 

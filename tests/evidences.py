@@ -100,6 +100,7 @@ def conversion_only() -> Evidence:
         corners={name: corner(name) for name in ("T_o", "R_o")},
         conversion=(conversion("C_o"),),
         compared=1234,
+        covered_rows=512,
     )
 
 

@@ -49,7 +49,11 @@ def test_side_files_are_copied_and_other_weights_are_not(base: Path, tmp_path: P
     }  # fmt: skip
     assert (output / "sub" / "x.json").read_text() == "sub/x.json"
     receipt = open_receipt(output / RECEIPT, EDIT_PREDICATE)
-    assert receipt["predicate"]["not_carried"] == ["onnx/model.onnx", "pytorch_model.bin"]
+    assert receipt["predicate"]["not_carried"] == [
+        "onnx/model.onnx",
+        "pytorch_model.bin",
+        ".git/",
+    ]
 
 
 def test_the_receipt_says_what_was_done(base: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def call(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["surgery", *map(str, arguments)])
+        capsys.readouterr()  # what making the models has printed
         with pytest.raises(SystemExit) as ended:
             cli.main()
         captured = capsys.readouterr()
@@ -225,7 +226,7 @@ def test_a_terminated_apply_exits_143_and_leaves_nothing(
         "from surgery.cli import main\n"
         "main()\n"
     )
-    for number, expected in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+    for number, expected in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)):
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         assert child.stdout is not None
         assert child.stdout.readline() == "writing\n"
@@ -251,3 +252,179 @@ def test_gate_and_report_read_what_was_written(run: Run, tmp_path: Path) -> None
         assert run("gate", path).code == code
         for format in cli.FORMATS:
             assert run("report", path, "--format", format).code == 0
+
+
+@pytest.fixture
+def judged(tmp_path: Path) -> Path:
+    """A report file, in a folder of its own."""
+    from evidences import clean, report
+
+    path = tmp_path / "judged" / "report.json"
+    path.parent.mkdir()
+    path.write_text(report(clean()).dump(), encoding="utf-8")
+    return path
+
+
+def test_diff_never_writes_over_what_it_reads(
+    run: Run, base_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("surgery.api.diff", lambda **options: pytest.fail("work was begun"))
+    model, inputs = base_of("gpt2"), tmp_path / "inputs"
+    inputs.mkdir()
+    names = ("model.onnx", "model.onnx.data", "edited.onnx", "stimuli.jsonl", "policy.yaml")
+    for name in names:
+        (inputs / name).write_bytes(b"FAIL: not a report")
+    (inputs / "model.onnx.data").write_bytes(b"weights")
+    (inputs / "linked").symlink_to(inputs / "model.onnx")
+    (inputs / "hard").hardlink_to(inputs / "policy.yaml")
+    (inputs / "into").symlink_to(model / "report.json")
+    edited = tmp_path / "edited"
+    edited.mkdir()
+    options: list[object] = ["--model", model, "--edited", edited]
+    for option, name in zip(
+        ("--onnx", "--edited-onnx", "--stimuli", "--policy"),
+        ("model.onnx", "edited.onnx", "stimuli.jsonl", "policy.yaml"),
+        strict=True,
+    ):
+        options += [option, inputs / name]
+    targets = [inputs / name for name in (*names, "linked", "hard", "into")]
+    targets += [model / "new.json", model / "config.json", edited / "new.json", inputs]
+    before = digests(tmp_path), digests(model)
+    for target in targets:
+        result = run("diff", *options, "--report", target)
+        assert_bad_input(result)
+        assert str(target) in result.err
+    assert (digests(tmp_path), digests(model)) == before
+
+
+def test_diff_may_write_over_an_older_report(
+    run: Run, judged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evidences import edit_lost, report
+
+    monkeypatch.setattr("surgery.api.diff", lambda **options: report(edit_lost()))
+    assert run("diff", "--model", "model", "--report", judged).code == 1
+    assert json.loads(judged.read_text())["verdict"] == "fail"
+
+
+def test_report_never_writes_over_its_source_or_into_a_checkpoint(
+    run: Run, judged: Path, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, edited = base_of("gpt2"), tmp_path / "edited"
+    (edited / "sub").mkdir(parents=True)
+    (edited / "surgery-receipt.json").write_text("{}")
+    other = tmp_path / "stimuli.jsonl"
+    other.write_text("{}")
+    (tmp_path / "linked").symlink_to(judged)
+    (tmp_path / "hard").hardlink_to(judged)
+    before = digests(tmp_path), digests(model)
+    targets = [judged, tmp_path / "linked", tmp_path / "hard", other, Path(os.devnull)]
+    targets += [model / "x.html", model / "config.json", edited / "x.html", edited / "sub/x.html"]
+    for target in targets:
+        assert_bad_input(run("report", judged, "--output", target))
+    assert (digests(tmp_path), digests(model)) == before
+
+
+@pytest.mark.parametrize("format", cli.FORMATS)
+def test_a_rendered_report_may_be_written_again(
+    run: Run, judged: Path, tmp_path: Path, format: str
+) -> None:
+    output = tmp_path / "rendered"
+    for _ in range(2):
+        assert run("report", judged, "--format", format, "--output", output).code == 0
+    assert output.read_text(encoding="utf-8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["judged", "rendered"]
+
+
+def test_a_forged_verdict_is_not_shown(run: Run, judged: Path) -> None:
+    from evidences import edit_lost, report
+
+    forged = json.loads(report(edit_lost()).dump()) | {"verdict": "pass", "findings": []}
+    judged.write_text(json.dumps(forged))
+    for command in ("report", "gate"):
+        result = run(command, judged)
+        assert_bad_input(result)
+        assert "its verdict is not what its evidence says" in result.err and not result.out
+
+
+@pytest.mark.parametrize("option", [("--seed", "-1"), ("--timeout", "nan"), ("--timeout", "inf")])
+def test_numbers_that_mean_nothing_are_bad_usage(run: Run, option: tuple[str, str]) -> None:
+    result = run("diff", "--model", "no-such-model", "--report", "r.json", *option)
+    assert_bad_input(result)
+    assert option[0] in result.err
+
+
+def test_flags_are_read_from_the_environment(
+    run: Run, base_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = base_of("gpt2")
+    monkeypatch.setenv("SURGERY_INSPECT_JSON", "1")
+    monkeypatch.setenv("SURGERY_DIFF_WEIGHTS_JSON", "1")
+    assert json.loads(run("inspect", model).out)["family"] == "gpt2"
+    assert json.loads(run("diff-weights", model, model).out)["changed"] == []
+    monkeypatch.setenv("SURGERY_DEBUG", "1")
+    assert "Traceback" in run("inspect", "no-such-model").err
+    monkeypatch.setenv("SURGERY_DEBUG", "0")
+    assert_bad_input(run("inspect", "no-such-model"))
+
+
+def test_no_command_prints_the_help(run: Run) -> None:
+    result = run()
+    assert result.code == 2 and not result.err
+    assert result.out == run("--help").out
+    assert result.out.count("\n") > 10
+
+
+def test_the_module_runs_as_the_command() -> None:
+    command = [sys.executable, "-m", "surgery", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout.startswith("surgery, ")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)]
+)
+@pytest.mark.parametrize("module", ["click", "surgery.cli"])
+def test_a_signal_during_the_imports_leaves_no_traceback(
+    module: str, number: int, code: int
+) -> None:
+    script = (
+        "import os, sys\n"
+        "class Signal:\n"
+        "    def find_spec(self, name, *rest):\n"
+        f"        if name == {module!r}:\n"
+        f"            os.kill(os.getpid(), {int(number)})\n"
+        "sys.meta_path.insert(0, Signal())\n"
+        "sys.argv = ['surgery', '--help']\n"
+        "from surgery.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    script = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "from surgery import __main__, cli\n"
+        "cli.cli.callback = lambda debug: os.kill(os.getpid(), signal.SIGHUP)\n"
+        "sys.argv = ['surgery', 'schema', 'policy']\n"
+        "__main__.main()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
+
+
+def test_the_text_is_as_wide_as_asked(
+    run: Run, judged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths = {}
+    for columns in ("", "20", "80", "100", "400"):
+        monkeypatch.setenv("COLUMNS", columns)
+        lines = run("report", judged).out.splitlines()
+        widths[columns] = max(map(len, lines))
+    assert widths["20"] == widths["80"] <= 80
+    assert 80 < widths["100"] <= 100 and widths[""] <= 120 and widths["400"] <= 160
+
+
+def test_the_help_of_gate_names_its_default_policy(run: Run) -> None:
+    assert "the report's own" in " ".join(run("gate", "--help").out.split())

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from recipes import HEADS, apply_edits, stored
+from recipes import HEADS, apply_edits, make_sae, sae_edit, stored
 
 from surgery.compare import diff_weights
 from surgery.console import spans
-from surgery.errors import CheckpointError
 
 
 def test_a_checkpoint_equals_itself(base_of: Callable[..., Path]) -> None:
@@ -37,9 +36,29 @@ def test_a_zeroed_head_is_its_columns_and_their_rank(
     assert change.max_abs == np.abs(before[:, 8:16]).max()
 
 
-def test_checkpoints_of_another_layout_are_refused(base_of: Callable[..., Path]) -> None:
-    with pytest.raises(CheckpointError, match="one layout"):
-        diff_weights(base_of("llama"), base_of("llama", "bfloat16"))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_projecting_out_k_directions_is_a_change_of_rank_k(
+    base_of: Callable[..., Path], tmp_path: Path, dtype: str
+) -> None:
+    base = base_of("llama", dtype)
+    make_sae(tmp_path / "sae", "blocks.1.hook_resid_post", 32)
+    edited = apply_edits(tmp_path, base, [sae_edit("orthogonalize", features=[1, 4])])
+    matrices = [change for change in diff_weights(base, edited).changed if change.rank]
+    assert len(matrices) == 5
+    assert {change.rank for change in matrices} == {2}
+
+
+def test_tensors_that_cannot_be_compared_are_named(
+    base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    found = diff_weights(base_of("llama"), base_of("llama", "bfloat16"))
+    assert len(found.other_form) == 21
+    assert not found.same
+    make_sae(tmp_path / "sae", "blocks.1.hook_mlp_out", 32)
+    steered = apply_edits(tmp_path, base_of("llama"), [sae_edit("steer_bias")])
+    found = diff_weights(base_of("llama"), steered)
+    assert "model.layers.0.mlp.up_proj.bias" in found.only_b
+    assert not (found.changed or found.only_a or found.other_form)
 
 
 def test_a_change_of_nan_bits_is_a_change(base_of: Callable[..., Path], tmp_path: Path) -> None:

@@ -222,3 +222,11 @@ def test_any_text_loads_or_is_refused_in_one_line(text: str, as_json: bool) -> N
     except RecipeError as error:
         refusal = str(error)
     assert refusal.isprintable()
+
+
+@pytest.mark.parametrize("text", ["%YAML 1.28\n---\na: 1\n", '"\x85sae"', 'a: "x\u2028y"'])
+def test_what_fuzzing_found_is_refused_in_one_line(text: str) -> None:
+    """An assertion in the scanner; line breaks of YAML 1.1 that would load as spaces."""
+    with pytest.raises(RecipeError) as refusal:
+        load_yaml(text, "r.yaml", RecipeError)
+    assert str(refusal.value).isprintable()

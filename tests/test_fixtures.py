@@ -88,6 +88,16 @@ def test_an_edit_changes_the_behaviour_it_names_and_leaves_plain_answers(
     assert rate(edited, plain, "remembered") >= 0.95
 
 
+def test_one_feature_of_the_head_autoencoder_alone_lowers_the_copying(tmp_path: Path) -> None:
+    recipe = tmp_path / "one.json"
+    sae = {"op": "sae", "sae": str(CAPITALS / "sae-z"), "features": [136], "patch": "z_project"}
+    recipe.write_text(json.dumps({"schema": 1, "edits": [sae]}))
+    api.apply(recipe, CAPITALS, tmp_path / "edited", allow_outside=True)
+    held_out = stimuli(CAPITALS, "target")
+    change = rate(tmp_path / "edited", held_out, "stated") - rate(CAPITALS, held_out, "stated")
+    assert change <= -0.05
+
+
 def test_the_polyglots_are_grouped_query_llamas_in_bf16_shards() -> None:
     for folder in POLYGLOTS:
         found = api.inspect(folder)

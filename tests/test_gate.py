@@ -245,6 +245,95 @@ def test_each_way_to_fail_is_named(case: str) -> None:
     assert (stage, symptom, site) in [(f.stage, f.symptom, f.site) for f in verdict.findings]
 
 
+IMPOSSIBLE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "infinite error": ("conversion", {"max_abs": INF}, "C_o/logits"),
+    "negative error": ("conversion", {"mean_abs": -1.0}, "C_o/logits"),
+    "negative relative error": ("conversion", {"max_rel": -1.0}, "C_o/logits"),
+    "negative divergence": ("conversion", {"kl": -1.0}, "C_o/logits"),
+    "negative flips": ("conversion", {"flips": -1}, "C_o/logits"),
+    "more flips than positions": ("conversion", {"flips": 4097}, "C_o/logits"),
+    "cosine beyond 1": ("conversion", {"cosine": 1.01}, "C_o/logits"),
+    "cosine beyond -1": ("conversion", {"cosine": -1.01}, "C_o/logits"),
+    "negative noise": ("conversion", {"noise_max": -1.0}, "C_o/logits"),
+    "an error over no noise": ("conversion", {"noise_max": 0.0}, "C_o/logits"),
+    "an error over no L2 noise": ("conversion", {"noise_l2": 0.0}, "C_o/logits"),
+    "unknown edge": ("conversion", {"edge": "C_x"}, "C_x/logits"),
+    "negative effect": ("interaction", {"effect": -1.0}, "target/logits"),
+    "negative interaction": ("interaction", {"norm": -1.0}, "target/logits"),
+    "negative share": ("interaction", {"ratio": -1.0}, "target/logits"),
+    "negative noise ratio": ("interaction", {"noise_ratio": -1.0}, "target/logits"),
+    "infinite interaction": ("interaction", {"norm": INF}, "target/logits"),
+    "infinite direction": ("interaction", {"rho": INF}, "target/logits"),
+    "interaction over no noise": ("interaction", {"noise": 0.0}, "target/logits"),
+    "negative count": ("effects", {"count": -1}, "target/memory_rate"),
+    "metric of no corner": ("effects", {"corners": {"X": 0.0}}, "target/memory_rate"),
+    "drift of no runtime": ("drift", {"runtime": "X"}, "preserve/X"),
+    "negative drift": ("drift", {"kl": -1.0}, "preserve/T/kl"),
+    "infinite drift": ("drift", {"kl": INF}, "preserve/T/kl"),
+    "more flips than all": ("drift", {"flip_rate": 1.5}, "preserve/T/flip_rate"),
+    "negative positions": ("drift", {"positions": -1}, "preserve/T/positions"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_evidence_that_cannot_be_fails_without_any_limit(case: str) -> None:
+    kind, values, site = IMPOSSIBLE[case]
+    verdict = judge(with_value(clean(), kind, 0, **values), BUILT_IN)
+    assert verdict.verdict == "fail"
+    expected = "nan" if "infinite" in case else "impossible"
+    assert (expected, site) in [(f.symptom, f.site) for f in verdict.findings]
+
+
+@pytest.mark.parametrize("values", [{"seconds": NAN}, {"seconds": -1.0}, {"batches": -(10**400)}])
+def test_a_corner_that_cannot_be_fails(values: dict[str, Any]) -> None:
+    corners = {**clean().corners, "R_e": replace(corner("R_e"), **values)}
+    found = judge(replace(clean(), corners=corners), BUILT_IN)
+    assert [(f.stage, f.site) for f in found.findings] == [("run", "R_e")]
+
+
+def test_no_error_over_no_noise_is_no_error() -> None:
+    none = dict.fromkeys(("max_abs", "mean_abs", "noise_max", "noise_l2"), 0.0)
+    exact = with_value(clean(), "conversion", 0, **none, ratio_max=0.0, ratio_l2=0.0)
+    assert judge(exact, BUILT_IN).verdict == "pass"
+
+
+def test_rounding_may_leave_a_divergence_below_zero_and_a_cosine_above_one() -> None:
+    rounded = with_value(clean(), "conversion", 0, kl=-1e-15, cosine=1.0000001)
+    assert judge(with_value(rounded, "drift", 0, kl=-1e-15), POLICY).verdict == "pass"
+
+
+@pytest.mark.parametrize("kind", ["effects", "drift", "interaction", "conversion"])
+def test_rows_of_corners_that_did_not_run_fail(kind: str) -> None:
+    foreign = clean() if kind != "conversion" else replace(clean(), conversion=(conversion("C_e"),))
+    rows: dict[str, Any] = {kind: getattr(foreign, kind)}
+    if kind == "conversion":
+        rows[kind] = (*conversion_only().conversion, *rows[kind])
+    verdict = judge(replace(conversion_only(), **rows), BUILT_IN)
+    assert {f.symptom for f in verdict.findings} == {"impossible"}
+    assert "did not run" in verdict.findings[0].message
+
+
+@pytest.mark.parametrize("kept", ["effects", "drift"])
+def test_every_stimulus_set_needs_its_interaction(kept: str) -> None:
+    without_one = replace(clean(), interaction=clean().interaction[:1])
+    other = {"effects": "drift", "drift": "effects"}[kept]
+    changes: dict[str, Any] = {other: ()}
+    verdict = judge(replace(without_one, **changes), BUILT_IN)
+    assert [(f.stage, f.symptom, f.site) for f in verdict.findings] == [
+        ("coverage", "not measured", "I/preserve")
+    ]
+
+
+@pytest.mark.parametrize("rows", [0, -1])
+def test_embedding_rows_that_nobody_compared_fail(rows: int) -> None:
+    verdict = judge(replace(clean(), covered_rows=rows), BUILT_IN)
+    found = [(f.stage, f.symptom) for f in verdict.findings]
+    assert found == [("coverage", "embedding not compared")]
+    said = Finding("coverage", "embedding not compared", "R_e", "no table was found")
+    both = replace(clean(), covered_rows=rows, faults=(said,))
+    assert judge(both, BUILT_IN).findings == (said,)
+
+
 @pytest.mark.parametrize("name", ["T_o", "T_e", "R_o", "R_e"])
 def test_a_missing_corner_fails(name: str) -> None:
     verdict = judge(without(clean(), name), BUILT_IN)
@@ -279,7 +368,8 @@ def test_the_message_says_who_is_at_fault(c_o: float, c_e: float, blamed: str) -
 
 def test_an_edit_without_any_effect_is_judged_by_noise() -> None:
     still = replace(interaction("preserve", 0.0, 0.0), ratio=NAN, rho=NAN)
-    assert judge(replace(clean(), interaction=(still,)), BUILT_IN).verdict == "pass"
+    both = (interaction("target", 84.2, 3e-6), still)
+    assert judge(replace(clean(), interaction=both), BUILT_IN).verdict == "pass"
 
 
 def test_a_share_of_an_effect_within_noise_excuses_nothing() -> None:
@@ -291,7 +381,8 @@ def test_a_share_of_an_effect_within_noise_excuses_nothing() -> None:
 def test_an_interaction_within_noise_passes_whatever_its_share() -> None:
     row = interaction("target", 1e-2, 0.2)
     assert row.effect > 8 * row.noise and row.noise_ratio < 8
-    assert judge(replace(clean(), interaction=(row,)), BUILT_IN).verdict == "pass"
+    both = (row, interaction("preserve", 2.1e-3, 0.2))
+    assert judge(replace(clean(), interaction=both), BUILT_IN).verdict == "pass"
 
 
 def test_the_lost_edit_is_seen_at_every_stage() -> None:
@@ -315,7 +406,7 @@ ERRORS = [
 ]
 
 
-def with_value(evidence: Evidence, kind: str, index: int, **values: float) -> Evidence:
+def with_value(evidence: Evidence, kind: str, index: int, **values: Any) -> Evidence:
     rows = list(getattr(evidence, kind))
     index %= len(rows)
     rows[index] = replace(rows[index], **values)
@@ -381,7 +472,9 @@ def test_a_larger_interaction_never_helps(
 ) -> None:
     def verdict(norm: float) -> str:
         row = Interaction("target", "logits", size, norm, norm / size, 0.0, noise, norm / noise)
-        return judge(replace(clean(), interaction=(row,)), BUILT_IN).verdict
+        both = (row, interaction("preserve", 2.1e-3, 0.2))
+        return judge(replace(clean(), interaction=both), BUILT_IN).verdict
 
+    assert verdict(0.0) == "pass"
     if verdict(norm) == "fail":
         assert verdict(norm + more) == "fail"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corners import Here
+from corners import Exporter, Here
 from models import make
 from onnx_files import lookup, save
 from recipes import HEADS, NEURONS, snapshot, write_recipe
@@ -153,6 +153,7 @@ UNKNOWN = Policy(schema=1, target=(TargetRule(metric="nlll", max_change=0),))
 BAD: dict[str, tuple[type[InputError], dict[str, object], list[dict[str, object]]]] = {
     "unknown metric": (PolicyError, {"policy": UNKNOWN}, []),
     "unknown task": (InputError, {"task": "causal-lmm"}, []),
+    "task of an encoder": (InputError, {"task": "encoder"}, []),
     "token out of range": (
         StimuliError,
         {},
@@ -245,6 +246,56 @@ def test_an_onnx_file_of_another_model_fails_and_names_the_difference(
         report = diff(base_of("llama"), onnx=onnx)
     assert report.verdict == "fail"
     assert {finding.site.split("/")[0] for finding in report.findings} <= {"R_o", "C_o"}
+
+
+@dataclass
+class Others:
+    """A llama, and ONNX files that are not it."""
+
+    model: Path
+    files: dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def others(base_of: Base, tmp_path_factory: pytest.TempPathFactory) -> Others:
+    root, exporter = tmp_path_factory.mktemp("others"), Exporter()
+    models = {
+        "another family": base_of("gpt2"),
+        "an encoder": base_of("bert"),
+        "fewer tokens": base_of("llama", vocab_size=99),
+        "more tokens": base_of("llama", vocab_size=300),
+        "more layers": base_of("llama", num_hidden_layers=3),
+    }
+    files = {name: exporter.export(m, root / str(n)) for n, (name, m) in enumerate(models.items())}
+    return Others(base_of("llama"), files)
+
+
+OTHERS: dict[str, tuple[str, str]] = {
+    "another family": ("conversion", "wrong value"),
+    "an encoder": ("interface", "shape"),
+    "fewer tokens": ("run", "error"),
+    "more tokens": ("interface", "shape"),
+    "more layers": ("conversion", "wrong value"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_conversion_of_another_model_is_a_finding_and_no_crash(
+    others: Others, tmp_path: Path, name: str
+) -> None:
+    stimuli = [write_stimuli(tmp_path / "stimuli.jsonl")]
+    with Here(tmp_path / "cache").installed():
+        report = diff(others.model, onnx=others.files[name], stimuli=stimuli)
+        twice = diff(
+            others.model,
+            onnx=others.files[name],
+            edited=others.model,
+            edited_onnx=others.files[name],
+            stimuli=stimuli,
+        )
+    for found in (report, twice):
+        named = {(finding.stage, finding.symptom) for finding in found.findings}
+        assert (found.verdict, OTHERS[name] in named) == ("fail", True), named
 
 
 # ----------------------------------------------------------------------------------------- diff

@@ -29,6 +29,7 @@ FAMILIES: Mapping[str, str] = {
 """`model_type` of a config to the file of its facts."""
 
 _MAX_LAYERS = 100_000
+_MAX_SIZE = 2**31 - 1
 
 __all__ = ["FAMILIES", "Architecture", "BiasSlot", "Role", "Writer", "extend", "identify"]
 
@@ -39,6 +40,13 @@ def identify(checkpoint: Checkpoint) -> Architecture:
     Raises `ArchitectureError` for an unknown family, a config that contradicts itself, a tensor
     no role claims, one of another shape than the config gives, or one that is missing.
     """
+    try:
+        return _identify(checkpoint)
+    except ArchitectureError as error:
+        raise ArchitectureError(f"{checkpoint.root}: {error}") from None
+
+
+def _identify(checkpoint: Checkpoint) -> Architecture:
     config = checkpoint.config
     facts = _facts(config.get("model_type"))
     _refuse_quirks(facts, config)
@@ -86,9 +94,10 @@ def _sizes(facts: FamilyFacts, config: Mapping[str, Any]) -> dict[str, int]:
         value = config.get(fact.key) if fact.key else None
         if value is None:
             value = evaluate(fact.default, sizes)
-        if type(value) is not int or not 0 < value < 2**31:
+        if type(value) is not int or not 0 < value <= _MAX_SIZE:
             raise ArchitectureError(
-                f"config.json: {fact.key or name} is {quote(value)}; expected a positive integer"
+                f"config.json: {fact.key or name} is {ascii(value)[:80]}; "
+                f"expected an integer from 1 to {_MAX_SIZE}"
             )
         sizes[name] = value
     if sizes["layers"] > _MAX_LAYERS:
@@ -148,19 +157,19 @@ def _check_tensors(
     ]
     if unclaimed:
         raise ArchitectureError(
-            f"{checkpoint.root}: no role of {facts.model_type} claims {describe(unclaimed)}; "
+            f"no role of {facts.model_type} claims {describe(unclaimed)}; "
             "this variant of the family is not supported"
         )
     missing = [n for n, r in roles.items() if n not in checkpoint.tensors and _needed(facts, r)]
     if missing:
-        raise ArchitectureError(f"{checkpoint.root}: lacks {describe(missing)}")
+        raise ArchitectureError(f"lacks {describe(missing)}")
     for name, role in roles.items():
         if name in checkpoint.tensors:
             _check_shape(checkpoint, name, facts.modules[role.role], role.kind, sizes)
     head = tensor_name(facts.modules[facts.tie.head], prefix, None, "weight")
     causal = facts.kind == "decoder" and any("ForCausalLM" in a for a in _architectures(checkpoint))
     if causal and not tied and head not in checkpoint.tensors:
-        raise ArchitectureError(f"{checkpoint.root}: is untied but lacks {head!r}")
+        raise ArchitectureError(f"is untied but lacks {head!r}")
 
 
 def _architectures(checkpoint: Checkpoint) -> list[str]:
@@ -184,6 +193,5 @@ def _check_shape(
     )
     if found != expected:
         raise ArchitectureError(
-            f"{checkpoint.root}: {quote(name)} has shape {list(found)}, "
-            f"config.json makes it {list(expected)}"
+            f"{quote(name)} has shape {list(found)}, config.json makes it {list(expected)}"
         )

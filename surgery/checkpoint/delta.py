@@ -24,6 +24,7 @@ from surgery.checkpoint.dtypes import BITS, numpy_dtype
 from surgery.checkpoint.files import open_regular, read_exactly
 from surgery.checkpoint.header import Header, encode_header, read_header
 from surgery.checkpoint.layout import NewTensor
+from surgery.checkpoint.staging import lock
 from surgery.checkpoint.stream import write_at
 from surgery.errors import CheckpointError, OutputError, quote
 
@@ -89,7 +90,8 @@ class DeltaWriter:
         if path.exists() or path.is_symlink() or not path.absolute().parent.is_dir():
             raise OutputError(f"{path}: must name a new file in a folder that exists")
         self._path = path
-        self._staged = path.with_name(f".{path.name}.{os.getpid()}.staging")
+        self._staged = path.with_name(f".{path.name}.staging")
+        self._lock = lock(path)
         self._entries: dict[str, Any] = {}
         self._regions = regions
         self._size = 0
@@ -97,7 +99,7 @@ class DeltaWriter:
             for side in ("before", "after"):
                 self._place(f"{side}.{number}", dtype, region.shape)
         self._data_start = 8 + len(self._header(None)) + SLACK + 256 * len(regions)
-        self._file = os.open(self._staged, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        self._file = os.open(self._staged, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
 
     def __enter__(self) -> DeltaWriter:
         return self
@@ -105,6 +107,7 @@ class DeltaWriter:
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
         self._staged.unlink(missing_ok=True)
+        self._lock.release()
 
     def add(self, rows: Region, old: NDArray[Any], new: NDArray[Any]) -> None:
         """Keeps what the regions have of a band `rows`; safe from several threads."""
@@ -181,11 +184,8 @@ class Delta:
     @classmethod
     def open(cls, path: Path) -> Delta:
         """Opens and checks the delta at `path`; raises `CheckpointError` for anything else."""
-        try:
-            with open_regular(path) as descriptor:
-                header = read_header(descriptor, str(path))
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        with open_regular(path) as descriptor:
+            header = read_header(descriptor, str(path))
         try:
             record = DeltaRecord.model_validate_json(header.metadata.get(KEY, ""))
         except ValidationError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,11 @@ CHUNK = 8 << 20
 """Bytes moved at a time when files are copied or hashed."""
 
 MAX_JSON_BYTES = 64 << 20
+_UNUSABLE = frozenset(
+    {errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR}
+)
+"""What is wrong with the path and not with the machine."""
+
 _MAX_FILES = 10_000
 _MAX_DEPTH = 16
 
@@ -52,8 +58,16 @@ def _homes(root: Path) -> list[Path]:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[int]:
-    """A read-only descriptor of the regular file `path`; never blocks on a FIFO."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    """A read-only descriptor of the regular file `path`; never blocks on a FIFO.
+
+    Raises `CheckpointError` where it is missing, forbidden or something else.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in _UNUSABLE:
+            raise
+        raise CheckpointError(f"{quote(path, 300)} cannot be read: {error.strerror}") from None
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise CheckpointError(f"{path}: is not a regular file")
@@ -118,11 +132,16 @@ def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def list_files(root: Path, *, hidden: bool = False) -> list[str]:
     """Every file below `root` as sorted relative POSIX paths; hidden folders only if asked for.
 
-    Raises `CheckpointError` past 10,000 files or 16 levels: no model folder is like that, and a
-    folder linked into itself is.
+    Raises `CheckpointError` for a folder that cannot be read, and past 10,000 files or 16 levels:
+    no model folder is like that, and a folder linked into itself is.
     """
+
+    def refuse(error: OSError) -> None:
+        where = quote(error.filename or root)
+        raise CheckpointError(f"{root}: folder {where} cannot be read: {error.strerror}")
+
     found: list[str] = []
-    for folder, names, files in os.walk(root, followlinks=False):
+    for folder, names, files in os.walk(root, onerror=refuse, followlinks=False):
         here = Path(folder).relative_to(root)
         linked = [name for name in names if (Path(folder) / name).is_symlink()]
         names[:] = [n for n in names if n not in linked and (hidden or n[0] != ".")]

@@ -45,7 +45,7 @@ class Checkpoint:
 
     `headers` maps each weight file to its header, `tensors` each tensor to where it lies;
     `side_files` are carried into an edited copy, `not_carried` are not (other weight formats,
-    which an edit would leave unedited, and receipts of earlier steps).
+    which an edit would leave unedited, receipts of earlier steps, and hidden folders).
     """
 
     root: Path
@@ -58,8 +58,7 @@ class Checkpoint:
     @classmethod
     def open(cls, root: Path) -> Checkpoint:
         """Opens the folder `root`; raises `CheckpointError` for anything malformed in it."""
-        if not root.is_dir():
-            raise CheckpointError(f"{root}: no such folder; expected a checkpoint folder")
+        _refuse_no_folder(root)
         config = _read_config(root)
         files = list_files(root)
         weight_map = _weight_map(root, files)
@@ -110,6 +109,16 @@ class Checkpoint:
         """Tensor `name` in its stored dtype and shape (bf16 through ml_dtypes)."""
         info = self.info(name)
         return np.frombuffer(self.read_bytes(name), numpy_dtype(info.dtype)).reshape(info.shape)
+
+
+def _refuse_no_folder(root: Path) -> None:
+    try:
+        found = root.is_dir()
+    except OSError as error:
+        where = quote(root, 300)
+        raise CheckpointError(f"{where}: no folder can be there: {error.strerror}") from None
+    if not found:
+        raise CheckpointError(f"{root}: no such folder; expected a checkpoint folder")
 
 
 def _read_config(root: Path) -> dict[str, Any]:
@@ -167,7 +176,10 @@ def _no_weights(root: Path, files: list[str]) -> str:
 
 def _open_shard(root: Path, shard: str) -> Header:
     with open_regular(resolve_inside(root, shard)) as descriptor:
-        return read_header(descriptor, shard)
+        try:
+            return read_header(descriptor, shard)
+        except CheckpointError as error:
+            raise CheckpointError(f"{root}: {error}") from None
 
 
 def _merge(
@@ -218,4 +230,6 @@ def _sort_side_files(
         else:
             resolve_inside(root, file)
             carried.append(file)
-    return tuple(carried), tuple(left)
+    # Folders such as .git are nobody's model files, but what is left behind is said.
+    hidden = [f"{path.name}/" for path in root.iterdir() if path.name[0] == "." and path.is_dir()]
+    return tuple(carried), (*left, *sorted(hidden))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+
+from filelock import FileLock, Timeout
 
 from surgery.errors import EnvironmentFault, OutputError, quote
 
@@ -20,8 +23,9 @@ class Staging:
     """Context manager around one output folder.
 
     On entry an empty folder is made beside `target`; `commit` syncs what was written and
-    renames it into place; leaving without a commit, for whatever reason, removes it. Raises
-    `OutputError` where the target exists and is not empty, or lies inside one of `sources`.
+    renames it into place; leaving without a commit, for whatever reason, removes it. What a
+    killed run left beside the target is removed by the next one. Raises `OutputError` where the
+    target exists and is not empty, lies inside one of `sources`, or is being written already.
     """
 
     def __init__(self, target: Path, sources: tuple[Path, ...] = ()) -> None:
@@ -32,12 +36,15 @@ class Staging:
 
     def __enter__(self) -> Staging:
         parent = self.target.parent
+        self._lock = lock(self.target)
         self._made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         try:
             parent.mkdir(parents=True, exist_ok=True)
+            self._sweep(parent)
             name = tempfile.mkdtemp(prefix=f".{self.target.name}.", suffix=".staging", dir=parent)
         except OSError as error:
             self._remove_parents()
+            self._lock.release()
             raise _output_error(parent, error) from None
         self.path = Path(name)
         # mkdtemp makes 0700; the folder shall have what the user's umask gives.
@@ -52,6 +59,7 @@ class Staging:
     ) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         self._remove_parents()
+        self._lock.release()
         if isinstance(error, OSError):
             raise _fault(self.target, error) from error
 
@@ -86,11 +94,36 @@ class Staging:
             raise _output_error(self.target, error) from None
         _sync(self.target.parent)
 
+    def _sweep(self, parent: Path) -> None:
+        """Removes staged folders of this target: under the lock, they are nobody's any more."""
+        head, tail = f".{self.target.name}.", ".staging"
+        for path in parent.iterdir():
+            random = path.name.removeprefix(head).removesuffix(tail)
+            if path.name == f"{head}{random}{tail}" and re.fullmatch(r"[a-z0-9_]{8}", random):
+                shutil.rmtree(path, ignore_errors=True)
+
     def _remove_parents(self) -> None:
         """Removes the folders made above the target, innermost first, as far as they are empty."""
         with suppress(OSError):
             for folder in self._made:
                 folder.rmdir()
+
+
+def lock(target: Path) -> FileLock:
+    """The lock on writing `target`, acquired; a run that is killed gives it back.
+
+    It lies in the temporary folder, not beside the target: nothing is left there. Raises
+    `OutputError` where another run holds it.
+    """
+    folder = Path(tempfile.gettempdir()) / f"surgery-locks-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    name = hashlib.sha256(os.fsencode(os.path.realpath(target))).hexdigest()
+    held = FileLock(folder / f"{name}.lock")
+    try:
+        held.acquire(blocking=False)
+    except Timeout:
+        raise OutputError(f"{target}: another run is writing it; name another output") from None
+    return held
 
 
 def refuse_inside(target: Path, source: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from surgery.differential import caches
 from surgery.differential.corners import Ran
 from surgery.differential.workload import Workload
 from surgery.errors import quote
@@ -52,6 +53,7 @@ class Sums:
     """Everything that is added up over batches."""
 
     conversion: dict[str, ConversionSums] = field(default_factory=dict)
+    caches: caches.Sums = field(default_factory=dict)
     edges: dict[str, DriftSums] = field(default_factory=dict)
     interaction: dict[str, InteractionSums] = field(default_factory=dict)
     drift: dict[tuple[str, str], DriftSums] = field(default_factory=dict)
@@ -64,6 +66,7 @@ def compare(ran: Ran, workload: Workload, task: Task) -> Evidence:
     sums = Sums()
     for batch in workload.batches:
         _add_batch(sums, ran, batch, task)
+    faults += caches.unmeasured(sums.conversion, sums.caches) if task.cache else ()
     conversion = tuple(_conversion(sums, task))
     return Evidence(
         corners={name: _corner(name, outcome, workload) for name, outcome in ran.corners.items()},
@@ -75,7 +78,7 @@ def compare(ran: Ran, workload: Workload, task: Task) -> Evidence:
             for (stimulus_set, runtime), d in sums.drift.items()
         ),
         faults=tuple(faults),
-        compared=sum(row.positions for row in conversion),
+        compared=sum(own.positions for own in sums.conversion.values()),
         covered_rows=_covered_rows(ran, workload),
     )
 
@@ -114,9 +117,7 @@ def _interface_faults(ran: Ran, workload: Workload, task: Task) -> Iterator[Find
     yield from _generation_faults(ran)
     for name, outcome in ran.references.items():
         if outcome.status != "ok":
-            message = (
-                f"the float64 reference of {name} ended with {outcome.status}: {outcome.detail}"
-            )
+            message = f"the float64 reference of {name} ended {outcome.status}: {outcome.detail}"
             yield Finding("run", outcome.status, f"{name} in float64", message)
 
 
@@ -164,10 +165,11 @@ def _pair_faults(
     for ours in ran.corners[torch_corner].facts(batch.name).outputs:
         if ours.name == task.output and judged:
             continue  # `_corner_faults` has said so
-        for symptom, problem in _differences(ours, theirs.get(ours.name)):
+        for symptom, problem in _differences(ours, theirs.pop(ours.name, None)):
             site = f"{onnx_corner}/{ours.name}/{batch.name}"
             message = f"{onnx_corner}: {problem} on {quote(batch.name)}"
             yield Finding("interface", symptom, site, message)
+    yield from caches.unknown(onnx_corner, theirs, batch.name)
 
 
 def _differences(ours: OutputFact, theirs: OutputFact | None) -> Iterator[tuple[str, str]]:
@@ -276,6 +278,9 @@ def _add_batch(sums: Sums, ran: Ran, batch: Batch, task: Task) -> None:
                 )
                 if task.causal:
                     sums.edges.setdefault(edge, DriftSums()).add(kept[t], kept[r])
+                if task.cache:
+                    outcomes = (ran.corners[t], ran.references[t], ran.corners[r])
+                    caches.add(sums.caches, edge, batch.name, where, outcomes)
         _add_interaction(sums, batch, kept, references)
         if task.causal:
             _add_behaviour(sums, batch, kept)
@@ -318,25 +323,32 @@ def _followed(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 def _conversion(sums: Sums, task: Task) -> Iterator[Conversion]:
     for edge, own in sums.conversion.items():
-        divergence = sums.edges.get(edge)
-        yield Conversion(
-            edge=edge,
-            output=task.output,
-            positions=own.positions,
-            elements=own.difference.count,
-            max_abs=own.difference.largest,
-            mean_abs=own.difference.mean,
-            max_rel=own.relative.largest,
-            mean_rel=own.relative.mean,
-            cosine=own.cosine,
-            kl=divergence.kl / divergence.positions if divergence else None,
-            flips=divergence.flips if divergence else None,
-            noise_max=own.noise_max,
-            noise_l2=own.noise_l2,
-            ratio_max=own.ratio_max,
-            ratio_l2=own.ratio_l2,
-            worst=own.worst[1],
-        )
+        yield _conversion_row(edge, task.output, own, sums.edges.get(edge))
+    for edge, output, own in caches.worst(sums.caches):
+        yield _conversion_row(edge, output, own, None)
+
+
+def _conversion_row(
+    edge: str, output: str, own: ConversionSums, divergence: DriftSums | None
+) -> Conversion:
+    return Conversion(
+        edge=edge,
+        output=output,
+        positions=own.positions,
+        elements=own.difference.count,
+        max_abs=own.difference.largest,
+        mean_abs=own.difference.mean,
+        max_rel=own.relative.largest,
+        mean_rel=own.relative.mean,
+        cosine=own.cosine,
+        kl=divergence.kl / divergence.positions if divergence else None,
+        flips=divergence.flips if divergence else None,
+        noise_max=own.noise_max,
+        noise_l2=own.noise_l2,
+        ratio_max=own.ratio_max,
+        ratio_l2=own.ratio_l2,
+        worst=own.worst[1],
+    )
 
 
 def _interaction(sums: Sums, task: Task) -> Iterator[Interaction]:

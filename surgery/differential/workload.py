@@ -14,7 +14,13 @@ from surgery.metrics.line_metric import ANSWER as LANGUAGE
 from surgery.policy import Policy
 from surgery.runtimes.child import Generation
 from surgery.stimuli import Batch, Stimulus
-from surgery.stimuli.batches import digest, probe_batches, prompt_batches, within_budget
+from surgery.stimuli.batches import (
+    cache_batches,
+    digest,
+    probe_batches,
+    prompt_batches,
+    within_budget,
+)
 from surgery.stimuli.prompts import Tokenizer, tokens_of
 
 OUTPUT_BUDGET = 256 << 20
@@ -74,10 +80,11 @@ def make_workload(
     tokenizer = Tokenizer(model.root) if prompted or responding else None
     tokens = tokens_of(stimuli, tokenizer, vocab, positions)
     batches = [*prompt_batches(stimuli, tokens), *probe_batches(vocab, positions, seed)]
+    if task.cache:
+        batches += cache_batches(vocab, positions, seed)
     if not batches:
         raise NothingCompared("there is no input to compare on")
-    wide = (vocab if task.causal else arch.width) * 8  # the reference is float64
-    kept = within_budget(batches, wide, OUTPUT_BUDGET, seed)
+    kept = within_budget(batches, _position_bytes(arch, task), OUTPUT_BUDGET, seed)
     measures = tuple(_measures(stimuli, policy)) if task.causal else ()
     responders = _responders(stimuli, measures, tokens, tokenizer, positions)
     ends = _end_tokens(model)
@@ -94,6 +101,13 @@ def make_workload(
         vocab,
         seed,
     )
+
+
+def _position_bytes(arch: Architecture, task: Task) -> int:
+    """What one position's kept outputs take in the reference, which is float64."""
+    sizes = arch.sizes
+    cache = 2 * sizes["layers"] * sizes["kv_width"] if task.cache else 0
+    return 8 * ((sizes["vocab"] if task.causal else arch.width) + cache)
 
 
 def _measures(stimuli: Sequence[Stimulus], policy: Policy) -> Iterator[Measure]:

@@ -75,7 +75,8 @@ class SaeFields(Fields):
         if self.center:
             rows = _centered(rows)
         if self.patch == "steer_bias":
-            return _steer(sae, arch, self.strength * rows.sum(axis=0))
+            with np.errstate(over="ignore", invalid="ignore"):  # refused where it lands
+                return _steer(sae, arch, self.strength * rows.sum(axis=0))
         if self.patch == "z_project":
             return ZProject(basis(rows), self.strength, sae.layer)
         _check_stream_norms(arch, self.approximate)

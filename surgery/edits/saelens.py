@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from surgery.checkpoint.dtypes import compute_dtype, numpy_dtype
+from surgery.checkpoint.dtypes import EDITABLE, numpy_dtype
 from surgery.checkpoint.files import open_regular, parse_json_object, read_exactly, read_small
 from surgery.checkpoint.header import TensorInfo, read_header
 from surgery.errors import CheckpointError, EditError, quote
@@ -71,7 +71,10 @@ def read_sae(config: Path, weights: Path) -> Sae:
     decoder = header.tensors.get("W_dec")
     if decoder is None or len(decoder.shape) != 2:
         raise CheckpointError(f"{weights}: expected a tensor W_dec of shape [latents, width]")
-    compute_dtype(decoder.dtype)
+    if decoder.dtype not in EDITABLE:
+        raise CheckpointError(
+            f"{weights}: W_dec is stored as {decoder.dtype}; expected {', '.join(EDITABLE)}"
+        )
     layer, hook = _hook_point(fields, config)
     latents, width = decoder.shape
     declared = (fields.get("d_sae", latents), fields.get("d_in", width))

@@ -58,7 +58,7 @@ def _best(rows: list[tuple[int, int, float]], top: int | None) -> list[tuple[int
 
 def _read_csv(path: Path, noun: str) -> list[tuple[int, int, float]]:
     try:
-        text = read_small(path, MAX_CSV_BYTES).decode("utf-8")
+        text = read_small(path, MAX_CSV_BYTES).decode("utf-8-sig")
         reader = csv.DictReader(io.StringIO(text), strict=True)
         rows, columns = list(reader), list(reader.fieldnames or ())
     except (UnicodeDecodeError, csv.Error) as error:

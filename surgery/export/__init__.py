@@ -10,13 +10,15 @@ from typing import Any
 
 from surgery import process
 from surgery.errors import ExportError, InputError, quote
-from surgery.export.tasks import TASKS, Task, default_task, find_task
+from surgery.export.tasks import CACHED, TASKS, Task, choose_task, default_task, find_task
 
 __all__ = [
+    "CACHED",
     "LAYOUTS",
     "TASKS",
     "ExportResult",
     "Task",
+    "choose_task",
     "default_task",
     "export",
     "export_in_child",
@@ -84,7 +86,7 @@ def export(
     _check_options(version, dtype, layout)
     refuse_inside(output.absolute(), model_dir)
     refuse_occupied(output.absolute())
-    wanted = default_task(model_dir) if task is None else find_task(task)
+    wanted = choose_task(model_dir, task)
     graph = capture(model_dir, wanted.name, version, dtype)
     bound = bind(graph, model_dir, dtype)
     unused = sorted(set(Checkpoint.open(model_dir).tensors) - set(bound.values()))
@@ -119,6 +121,7 @@ def export_in_child(
     """
     from surgery.checkpoint import Staging
 
+    choose_task(model_dir, task)
     bounds = limits or process.Limits(seconds=3600.0)
     # The child stages inside our own staging folder, so a killed child leaves nothing behind.
     with Staging(output, sources=(model_dir,)) as staging:

@@ -26,10 +26,12 @@ class Task:
     causal: bool = True
 
 
+CACHED = "causal-lm-with-past"
+
 TASKS: dict[str, Task] = {
     "causal-lm": Task("causal-lm", ("input_ids", "attention_mask", "position_ids"), "logits"),
-    "causal-lm-with-past": Task(
-        "causal-lm-with-past",
+    CACHED: Task(
+        CACHED,
         ("input_ids", "attention_mask", "position_ids"),
         "logits",
         cache=True,
@@ -37,7 +39,11 @@ TASKS: dict[str, Task] = {
     "encoder": Task("encoder", ("input_ids", "attention_mask"), "last_hidden_state", causal=False),
 }
 
-_DEFAULTS = {"decoder": "causal-lm", "encoder": "encoder"}
+_OF_KIND = {
+    "decoder": ("a decoder", ("causal-lm", CACHED)),
+    "encoder": ("an encoder", ("encoder",)),
+}
+"""The tasks of a kind of family; the first is its default."""
 
 
 def find_task(name: str) -> Task:
@@ -49,4 +55,21 @@ def find_task(name: str) -> Task:
 
 def default_task(model_dir: Path) -> Task:
     """The task of the checkpoint's family: `causal-lm` for decoders, `encoder` for encoders."""
-    return TASKS[_DEFAULTS[identify(Checkpoint.open(model_dir)).facts.kind]]
+    return choose_task(model_dir, None)
+
+
+def choose_task(model_dir: Path, name: str | None) -> Task:
+    """The task of that name, or the family's default; `InputError` where the family has no such
+    task. Reads headers alone."""
+    wanted = find_task(name) if name else None
+    arch = identify(Checkpoint.open(model_dir))
+    spoken, known = _OF_KIND[arch.facts.kind]
+    if wanted is None:
+        return TASKS[known[0]]
+    if wanted.name not in known:
+        listed = ", ".join(known)
+        raise InputError(
+            f"{model_dir}: {arch.family} is {spoken}; its tasks are: {listed}; found "
+            f"{quote(wanted.name)}"
+        )
+    return wanted

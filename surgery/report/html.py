@@ -156,8 +156,10 @@ def _interaction(report: Report) -> list[tuple[str, str, str]]:
 
 
 def _chart(effect: Effect) -> Chart:
-    """Bars from zero, on a common scale that holds zero and every value."""
+    """Bars from zero, on a common scale: that of shares ends at 1, others at the largest value."""
     finite = [value for value in effect.corners.values() if math.isfinite(value)]
+    if effect.unit.startswith("share"):
+        finite.append(1.0)
     low, high = min([0.0, *finite]), max([0.0, *finite])
     scale = 100 / (high - low) if high > low else 0.0
     zero = -low * scale

@@ -22,7 +22,7 @@ from pydantic_core import core_schema
 from surgery.documents import SchemaOne, load_data, read_text, validate
 from surgery.errors import ReportError
 from surgery.evidence import Conversion, Corner, Drift, Effect, Evidence, Finding, Interaction
-from surgery.gate import Verdict
+from surgery.gate import Verdict, judge
 from surgery.policy import Policy
 from surgery.syntax import escape
 
@@ -95,7 +95,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     if isinstance(value, str):
-        return escape(value if len(value) <= MAX_STRING else value[: MAX_STRING - 1] + "…")
+        # Escaped first: a text made of names that were cut is then cut where its names were.
+        spelled = escape(value)
+        return spelled if len(spelled) <= MAX_STRING else spelled[: MAX_STRING - 1] + "…"
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
@@ -160,9 +162,28 @@ class Report(BaseModel):
 
 
 def load_report(path: str | PathLike[str]) -> Report:
-    """The report in a file of at most 64 MiB; `ReportError` if it is not one."""
-    text = read_text(path, ReportError, MAX_BYTES)
-    return validate(Report, load_data(text, os.fspath(path), ReportError, MAX_BYTES), ReportError)
+    """The report in a file of at most 64 MiB.
+
+    `ReportError` if it is not one, or if it does not say what its own evidence says under its own
+    policy: a verdict that was written in by hand is never shown.
+    """
+    text, name = read_text(path, ReportError, MAX_BYTES), os.fspath(path)
+    report = validate(Report, load_data(text, name, ReportError, MAX_BYTES), ReportError)
+    _check_verdict(report, name)
+    return report
+
+
+def _check_verdict(report: Report, name: str) -> None:
+    said = judge(report.evidence(), report.policy)
+    if report.verdict != said.verdict:
+        raise ReportError(
+            f"{name}: its verdict is not what its evidence says: expected {said.verdict}, found "
+            f"{report.verdict}; run diff or validate again"
+        )
+    if plain(report.findings) != plain(said.findings):
+        raise ReportError(
+            f"{name}: its findings are not what its evidence says; run diff or validate again"
+        )
 
 
 def report_schema() -> dict[str, Any]:

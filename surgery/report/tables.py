@@ -22,21 +22,29 @@ HEADLINES = {"pass": "PASS", "fail": "FAIL", "not_evaluated": "NOT EVALUATED"}
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; `numeric` holds the columns to align right."""
+    """Rows of cells; `numeric` holds the columns to align right.
+
+    Where there is no room, `spare` headers go first, in this order; `names` headers are over cells
+    that are never broken within a word.
+    """
 
     title: str
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     numeric: frozenset[int] = frozenset()
+    spare: tuple[str, ...] = ()
+    names: frozenset[str] = frozenset()
 
 
 def number(value: float | None) -> str:
     """Three digits, or the whole part in full; `–` for what was not measured."""
     if value is None:
         return ABSENT
-    if not math.isfinite(value):
+    if not abs(value) < math.inf:
         return "NaN" if math.isnan(value) else "∞" if value > 0 else "−∞"
-    if isinstance(value, int) or 1e3 <= abs(value) < 1e9:
+    if isinstance(value, int):
+        return f"{value:,}"
+    if 1e3 <= abs(value) < 1e9:
         return f"{value:,.0f}"
     return f"{value:.3g}"
 
@@ -60,7 +68,8 @@ def subline(report: Report) -> str:
     """What the verdict rests on."""
     ran = [name for name in CORNERS if name in report.corners]
     rows = f"{report.covered_rows:,} embedding rows covered"
-    return f"{report.compared:,} positions compared at {', '.join(ran) or 'no corner'}; {rows}"
+    positions = f"{report.compared:,} position{'s' * (report.compared != 1)} compared"
+    return f"{positions} at {', '.join(ran) or 'no corner'}; {rows}"
 
 
 def tables(report: Report) -> list[Table]:
@@ -70,6 +79,7 @@ def tables(report: Report) -> list[Table]:
         _effects(report.effects),
         _drift(report),
         _conversion(report.conversion),
+        _worst(report.conversion),
         _interaction(report),
         _corners(report),
         _policy(report),
@@ -80,10 +90,15 @@ def tables(report: Report) -> list[Table]:
 
 
 def _table(
-    title: str, headers: tuple[str, ...], rows: Iterable[Iterable[str]], *numeric: int
+    title: str,
+    headers: tuple[str, ...],
+    rows: Iterable[Iterable[str]],
+    *numeric: int,
+    spare: tuple[str, ...] = (),
+    names: tuple[str, ...] = (),
 ) -> Table:
     shown = tuple(tuple(printable(cell, 600) for cell in row) for row in rows)
-    return Table(title, headers, shown, frozenset(numeric))
+    return Table(title, headers, shown, frozenset(numeric), spare, frozenset(names))
 
 
 def _findings(findings: Iterable[Finding]) -> Table:
@@ -91,7 +106,7 @@ def _findings(findings: Iterable[Finding]) -> Table:
     rows = (
         (f.stage, f.symptom, f.site, number(f.value), number(f.limit), f.message) for f in findings
     )
-    return _table("Findings", headers, rows, 3, 4)
+    return _table("Findings", headers, rows, 3, 4, spare=("limit", "value", "site"))
 
 
 def _effects(effects: Iterable[Effect]) -> Table:
@@ -107,7 +122,7 @@ def _effects(effects: Iterable[Effect]) -> Table:
         )
         for e in effects
     )
-    return _table("Behaviour", headers, rows, 2, 3, 4, 5, 6, 7, 8)
+    return _table("Behaviour", headers, rows, 2, 3, 4, 5, 6, 7, 8, spare=("unit", "n"))
 
 
 def change(effect: Effect, runtime: str) -> str:
@@ -147,7 +162,6 @@ def _conversion(conversion: Iterable[Conversion]) -> Table:
         "cosine",
         "KL",
         "flips",
-        "worst at",
     )
     rows = (
         (
@@ -161,11 +175,19 @@ def _conversion(conversion: Iterable[Conversion]) -> Table:
             f"{c.cosine:.6f}" if math.isfinite(c.cosine) else number(c.cosine),
             number(c.kl),
             number(c.flips),
-            c.worst,
         )
         for c in conversion
     )
-    return _table("Conversion", headers, rows, 2, 3, 4, 5, 6, 7, 8, 9)
+    spare = ("noise max", "cosine", "max abs", "KL", "flips", "positions")
+    numeric = (2, 3, 4, 5, 6, 7, 8, 9)
+    return _table("Conversion", headers, rows, *numeric, spare=spare, names=("edge", "output"))
+
+
+def _worst(conversion: Iterable[Conversion]) -> Table:
+    """Where each output is farthest off: words, which would crowd the numbers out."""
+    rows = ((c.edge, c.output, c.worst) for c in conversion)
+    headers = ("edge", "output", "worst at")
+    return _table("Worst positions", headers, rows, names=("edge", "output"))
 
 
 def _interaction(report: Report) -> Table:
@@ -181,7 +203,8 @@ def _interaction(report: Report) -> Table:
         )
         for i in report.interaction
     )
-    return _table("Interaction", headers, rows, 2, 3, 4, 5, 6, 7)
+    spare, names = ("noise", "‖E‖", "‖I‖"), ("set", "output")
+    return _table("Interaction", headers, rows, 2, 3, 4, 5, 6, 7, spare=spare, names=names)
 
 
 def _corners(report: Report) -> Table:
@@ -194,12 +217,17 @@ def _corners(report: Report) -> Table:
             c.model,
             c.status,
             number(c.seconds),
-            number(c.peak_bytes / 2**20),
+            number(mebibytes(c.peak_bytes)),
             number(c.batches),
         )
         for name, c in named
     )
-    return _table("Corners", headers, rows, 4, 5, 6)
+    return _table("Corners", headers, rows, 4, 5, 6, spare=("batches", "peak MiB"))
+
+
+def mebibytes(count: int) -> float:
+    """`count` bytes; whole where there are many, which a float may be too small for."""
+    return count >> 20 if count >= 1 << 53 else count / 2**20
 
 
 def _policy(report: Report) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from surgery.runtimes.interface import ModelRef
 from surgery.stimuli.interface import Batch
 
 __all__ = ["Facts", "Generated", "Generation", "Job", "Limits", "Outcome", "OutputFact", "run"]
+
+KEPT = "kept"
+"""The wanted output's name in the file of what a batch kept; caches have their own."""
 
 FIELDS = ("input_ids", "attention_mask", "position_ids", "selected")
 
@@ -99,13 +103,20 @@ class Outcome:
 
         Raises `EnvironmentFault` when it could not be kept: see `facts(batch_name).problem`.
         """
+        return self._kept(batch_name, lambda name: name == KEPT)[KEPT]
+
+    def caches(self, batch_name: str) -> dict[str, NDArray[Any]]:
+        """Every kept `present.N.key|value` at `selected`, [n, heads · size], of the dtypes of
+        `outputs`. Of a task without a cache there is none."""
+        return self._kept(batch_name, lambda name: name != KEPT)
+
+    def _kept(self, batch_name: str, wanted: Callable[[str], bool]) -> dict[str, NDArray[Any]]:
         problem = self._batch(batch_name)["problem"]
         if problem:
             raise EnvironmentFault(f"batch {quote(batch_name)}: {problem}")
         path = self.scratch / kept_file(self.names.index(batch_name))
         with np.load(path, allow_pickle=False) as archive:
-            kept: NDArray[Any] = archive["kept"]
-        return kept
+            return {name: archive[name] for name in archive.files if wanted(name)}
 
     @property
     def embedding_problem(self) -> str | None:
@@ -144,7 +155,7 @@ def run(job: Job, limits: Limits) -> Outcome:
         raise ValueError("two batches have the same name")
     threads = job.threads or default_threads()
     for number, batch in enumerate(job.batches):
-        arrays = {name: getattr(batch, name) for name in FIELDS}
+        arrays = {name: getattr(batch, name) for name in FIELDS} | {"split": batch.split}
         np.savez(job.scratch / batch_file(number), **arrays)
     ending = process.run("surgery.runtimes.worker", _arguments(job, threads), job.scratch, limits)
     return Outcome(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from surgery.runtimes.interface import Arrays, IdArrays
 ROLES = ("input_ids", "attention_mask", "position_ids")
 ZEROS = "token_type_ids"
 CACHE = "cache"
+PRESENT = "present."
+_PAST = re.compile(r"past_key_values\.(\d+\.(?:key|value))")
 _PASS_THROUGH = ("Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten")
 
 
@@ -37,6 +40,58 @@ class Port:
 
     def __str__(self) -> str:
         return f"{quote(self.name)} {self.dtype} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Link:
+    """One cache: the input that reads it, the output that continues it, and optimum's name for
+    that output."""
+
+    past: str
+    present: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a graph is fed, what its caches are, and the `output` that is compared."""
+
+    ports: tuple[Port, ...]
+    roles: dict[str, str]
+    links: tuple[Link, ...]
+    output: str
+
+
+def signature(model: Any, output: str, file: str) -> Signature:
+    """The signature of a ModelProto; raises `OnnxError` for inputs that cannot be fed."""
+    declared = ports(model)
+    roles = assign_roles(declared, file)
+    caches = [name for name, role in roles.items() if role == CACHE]
+    return Signature(declared, roles, _links(model, caches, file), output)
+
+
+def has_cache(model: Any) -> bool:
+    """Whether a ModelProto reads a key-value cache, or writes one under optimum's names."""
+    writes = any(value.name.startswith(PRESENT) for value in model.graph.output)
+    return writes or any(port.is_cache for port in ports(model))
+
+
+def _links(model: Any, caches: Sequence[str], file: str) -> tuple[Link, ...]:
+    """`past_key_values.N.key` is continued by `present.N.key`; where names are others, the
+    outputs of rank 4 continue the caches in the graph's order: layer by layer, key and value."""
+    names = [_PAST.sub(rf"{PRESENT}\1", name) for name in caches]
+    if set(names) <= {value.name for value in model.graph.output}:
+        return tuple(map(Link, caches, names, names))
+    outputs = [v.name for v in model.graph.output if len(v.type.tensor_type.shape.dim) == 4]
+    if len(outputs) != len(caches):
+        missing = next(name for name in names if name not in outputs)
+        raise OnnxError(
+            f"{file}: reads {len(caches)} caches and writes {len(outputs)}, as outputs [batch, "
+            f"heads, length, size]; expected as many, such as {quote(missing)}"
+        )
+    if not all(map(_PAST.fullmatch, caches)):
+        names = [f"{PRESENT}{n // 2}.{('key', 'value')[n % 2]}" for n in range(len(caches))]
+    return tuple(map(Link, caches, outputs, names))
 
 
 def ports(model: Any) -> tuple[Port, ...]:
@@ -88,13 +143,47 @@ def assign_roles(declared: Iterable[Port], file: str) -> dict[str, str]:
     return roles
 
 
-def feed(declared: Iterable[Port], roles: dict[str, str], inputs: IdArrays) -> Arrays:
-    """The arrays for `declared`; caches are empty: [batch, heads, 0, size]."""
+def infer(
+    graph: Signature, run: Callable[[Arrays], Arrays], inputs: IdArrays, split: int
+) -> Arrays:
+    """The named outputs of `run`, by optimum's names: all columns at once, or with a `split` and
+    caches the columns before it first and then the others over the cache of those."""
+    if not (split and graph.links):
+        return name_outputs(graph, run(feed(graph.ports, graph.roles, inputs)))
+    before = {name: array[:, :split] for name, array in inputs.items()}
+    after = {name: array[:, split:] for name, array in inputs.items()}
+    after["attention_mask"] = inputs["attention_mask"]
+    first = run(feed(graph.ports, graph.roles, before))
+    past = {link.past: first[link.present] for link in graph.links}
+    then = name_outputs(graph, run(feed(graph.ports, graph.roles, after, past)))
+    named = name_outputs(graph, first)
+    # The caches of the second run hold the first one's.
+    return {name: _joined(name, named, array, graph) for name, array in then.items()}
+
+
+def _joined(name: str, first: Arrays, then: NDArray[Any], graph: Signature) -> NDArray[Any]:
+    """Both runs' `output` along the length; of an unlike shape only the second's, to be told."""
+    if name != graph.output or name not in first:
+        return then
+    one = first[name]
+    alike = one.ndim == then.ndim >= 2 and one.shape[2:] == then.shape[2:]
+    return np.concatenate([one, then], axis=1) if alike and len(one) == len(then) else then
+
+
+def feed(
+    declared: Iterable[Port],
+    roles: dict[str, str],
+    inputs: IdArrays,
+    past: Mapping[str, NDArray[Any]] | None = None,
+) -> Arrays:
+    """The arrays for `declared`; without `past` caches are empty: [batch, heads, 0, size]."""
     batch = inputs["input_ids"].shape[0]
     arrays: Arrays = {}
     for port in declared:
         role = roles[port.name]
-        if role == CACHE:
+        if role == CACHE and past is not None:
+            arrays[port.name] = past[port.name].astype(port.dtype, copy=False)
+        elif role == CACHE:
             shape = (batch, port.shape[1] or 0, 0, port.shape[3] or 0)
             arrays[port.name] = np.zeros(shape, port.dtype)
         elif role == ZEROS:
@@ -104,16 +193,16 @@ def feed(declared: Iterable[Port], roles: dict[str, str], inputs: IdArrays) -> A
     return arrays
 
 
-def name_outputs(names: Iterable[str], arrays: Iterable[NDArray[Any]], output: str) -> Arrays:
-    """Outputs by name; where none is called `output`, the first one of rank 3 is.
+def name_outputs(graph: Signature, found: Arrays) -> Arrays:
+    """Outputs by optimum's names; where none is called `output`, the first one of rank 3 is.
 
     A graph with neither simply lacks that output: the caller reports it missing.
     """
-    found = dict(zip(names, arrays, strict=True))
-    if output not in found:
+    names = {link.present: link.name for link in graph.links}
+    if graph.output not in found:
         near = [name for name, array in found.items() if array.ndim == 3]
-        found = {output if near[:1] == [name] else name: array for name, array in found.items()}
-    return found
+        names |= dict.fromkeys(near[:1], graph.output)
+    return {names.get(name, name): array for name, array in found.items()}
 
 
 def cut_after_embedding(model: Any, roles: dict[str, str], file: str) -> Any:

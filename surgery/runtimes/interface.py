@@ -50,19 +50,21 @@ class Runtime(ABC):
         """The names of what `infer` returns."""
 
     @abstractmethod
-    def infer_impl(self, inputs: IdArrays) -> Arrays:
+    def infer_impl(self, inputs: IdArrays, split: int) -> Arrays:
         """`infer` without the checks."""
 
     @abstractmethod
     def embedding(self, ids: NDArray[np.int64]) -> NDArray[Any]:
         """Rows [n, d] of the token embedding for ids [n]: the value right after the lookup."""
 
-    def infer(self, inputs: IdArrays) -> Arrays:
+    def infer(self, inputs: IdArrays, split: int = 0) -> Arrays:
         """Every output by name, for int64 [batch, length] inputs of one shape.
 
         `inputs` has `input_ids`, `attention_mask` and `position_ids`; a model takes those it has
-        use for. Raises `ValueError` for inputs of another form; what the model makes of them is
-        not judged here.
+        use for. An ONNX graph that reads a cache runs the first `split` columns, then the others
+        over the cache those left: its outputs are those of both runs, joined. PyTorch runs all at
+        once whatever `split` is: a cache must not change a number. Raises `ValueError` for inputs
+        of another form; what the model makes of them is not judged here.
         """
         shapes = {name: array.shape for name, array in inputs.items()}
         ids = shapes.get("input_ids", ())
@@ -70,5 +72,7 @@ class Runtime(ABC):
             raise ValueError(f"inputs must all be [batch, length], not empty; found {shapes}")
         if any(array.dtype != np.int64 for array in inputs.values()):
             raise ValueError("inputs must be int64")
-        outputs = self.infer_impl(inputs)
+        if not 0 <= split < ids[1]:
+            raise ValueError(f"split must be 0 to {ids[1] - 1}; found {split}")
+        outputs = self.infer_impl(inputs, split)
         return {name: np.asarray(array) for name, array in outputs.items()}

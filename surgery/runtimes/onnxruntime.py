@@ -27,32 +27,34 @@ class OnnxRuntime(Runtime):
     def __init__(self, model: ModelRef, threads: int) -> None:
         super().__init__(model, threads)
         onnxruntime.set_default_logger_severity(3)
-        self._task = find_task(model.task)
         self._proto = onnxfile.read(model.path, model.initializers)
-        self._ports = graph.ports(self._proto)
-        self._roles = graph.assign_roles(self._ports, str(model.path))
+        output = find_task(model.task).output
+        self._signature = graph.signature(self._proto, output, str(model.path))
         self._session = self._open(model.path)
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        return tuple(port.name for port in self._ports)
+        return tuple(port.name for port in self._signature.ports)
 
     @property
     def output_names(self) -> tuple[str, ...]:
         return tuple(value.name for value in self._session.get_outputs())
 
-    def infer_impl(self, inputs: IdArrays) -> Arrays:
-        arrays = self._session.run(None, graph.feed(self._ports, self._roles, inputs))
-        return graph.name_outputs(self.output_names, arrays, self._task.output)
+    def infer_impl(self, inputs: IdArrays, split: int) -> Arrays:
+        def run(fed: Arrays) -> Arrays:
+            return dict(zip(self.output_names, self._session.run(None, fed), strict=True))
+
+        return graph.infer(self._signature, run, inputs, split)
 
     def embedding(self, ids: NDArray[np.int64]) -> NDArray[Any]:
         cut, session = self._lookup
-        rows: NDArray[Any] = session.run(None, graph.lookup_feed(cut, self._roles, ids))[0]
+        fed = graph.lookup_feed(cut, self._signature.roles, ids)
+        rows: NDArray[Any] = session.run(None, fed)[0]
         return rows.reshape(len(ids), -1)
 
     @cached_property
     def _lookup(self) -> tuple[Any, onnxruntime.InferenceSession]:
-        cut = graph.cut_after_embedding(self._proto, self._roles, str(self.model.path))
+        cut = graph.cut_after_embedding(self._proto, self._signature.roles, str(self.model.path))
         return cut, self._open(cut.SerializeToString())
 
     def _open(self, source: Path | bytes) -> onnxruntime.InferenceSession:

@@ -46,7 +46,7 @@ class TorchRuntime(Runtime):
         cache = [f"present.{n}.{part}" for n in range(layers) for part in ("key", "value")]
         return (self._task.output, *cache)
 
-    def infer_impl(self, inputs: IdArrays) -> Arrays:
+    def infer_impl(self, inputs: IdArrays, split: int) -> Arrays:
         feed = {name: self._torch.from_numpy(inputs[name]) for name in self._task.inputs}
         options = {"use_cache": self._task.cache} if self._task.causal else {}
         with quiet(), self._torch.no_grad(), self._precision():

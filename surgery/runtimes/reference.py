@@ -31,27 +31,30 @@ class ReferenceRuntime(Runtime):
 
     def __init__(self, model: ModelRef, threads: int) -> None:
         super().__init__(model, threads)
-        self._task = find_task(model.task)
         self._proto = onnxfile.read(model.path, model.initializers)
-        self._ports = graph.ports(self._proto)
-        self._roles = graph.assign_roles(self._ports, str(model.path))
+        output = find_task(model.task).output
+        self._signature = graph.signature(self._proto, output, str(model.path))
         home = model.initializers or model.path.parent
         load_external_data_for_model(self._proto, str(home))
         self._evaluator = ReferenceEvaluator(self._proto, new_ops=[GatherElements])
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        return tuple(port.name for port in self._ports)
+        return tuple(port.name for port in self._signature.ports)
 
     @property
     def output_names(self) -> tuple[str, ...]:
         return tuple(self._evaluator.output_names)
 
-    def infer_impl(self, inputs: IdArrays) -> Arrays:
-        arrays = self._evaluator.run(None, graph.feed(self._ports, self._roles, inputs))
-        return graph.name_outputs(self.output_names, arrays, self._task.output)
+    def infer_impl(self, inputs: IdArrays, split: int) -> Arrays:
+        def run(fed: Arrays) -> Arrays:
+            return dict(zip(self.output_names, self._evaluator.run(None, fed), strict=True))
+
+        return graph.infer(self._signature, run, inputs, split)
 
     def embedding(self, ids: NDArray[np.int64]) -> NDArray[Any]:
-        cut = graph.cut_after_embedding(self._proto, self._roles, str(self.model.path))
-        rows = ReferenceEvaluator(cut).run(None, graph.lookup_feed(cut, self._roles, ids))[0]
+        cut = graph.cut_after_embedding(self._proto, self._signature.roles, str(self.model.path))
+        rows = ReferenceEvaluator(cut).run(
+            None, graph.lookup_feed(cut, self._signature.roles, ids)
+        )[0]
         return np.asarray(rows).reshape(len(ids), -1)

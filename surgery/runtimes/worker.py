@@ -13,8 +13,9 @@ from surgery import process
 from surgery.errors import OnnxError
 from surgery.export.tasks import find_task
 from surgery.runtimes import RUNTIMES
-from surgery.runtimes.child import batch_file, kept_file
+from surgery.runtimes.child import KEPT, batch_file, kept_file
 from surgery.runtimes.generate import Generation, generate
+from surgery.runtimes.graph import PRESENT
 from surgery.runtimes.interface import Arrays, ModelRef, Runtime
 
 
@@ -47,12 +48,17 @@ def _run_batch(runtime: Runtime, scratch: Path, number: int, output: str) -> dic
     with np.load(scratch / batch_file(number), allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
     selected, mask = arrays.pop("selected"), arrays["attention_mask"]
-    outputs = runtime.infer(arrays)
+    outputs = runtime.infer(arrays, int(arrays.pop("split")))
     problem = _problem(outputs, output, mask.shape)
     if problem is None:
-        kept = outputs[output][selected[:, 0], selected[:, 1]]
+        row, column = selected.T
+        kept = {KEPT: outputs[output][row, column]}
+        if find_task(runtime.model.task).cache:
+            kept |= {name: outputs[name][row, :, column] for name in _caches(outputs, mask.shape)}
         wide = np.float64 if runtime.model.dtype == "float64" else np.float32
-        np.savez(scratch / kept_file(number), kept=kept.astype(wide, copy=False))
+        flat = {name: array.reshape(len(row), -1) for name, array in kept.items()}
+        wider = {name: array.astype(wide, copy=False) for name, array in flat.items()}
+        np.savez(scratch / kept_file(number), **wider)
     facts = [
         {
             "name": name,
@@ -75,20 +81,31 @@ def _problem(outputs: Arrays, wanted: str, shape: tuple[int, ...]) -> str | None
     return None
 
 
+def _caches(outputs: Arrays, shape: tuple[int, ...]) -> list[str]:
+    """The outputs that hold a cache of all positions, [batch, heads, length, size]."""
+    return [
+        name
+        for name, array in outputs.items()
+        if name.startswith(PRESENT)
+        and array.ndim == 4
+        and (*array.shape[:1], array.shape[2]) == shape
+    ]
+
+
 def count_nonfinite(array: NDArray[Any], mask: NDArray[np.int64]) -> int:
     """NaN and infinite values at positions with mask 1.
 
-    Axis 1 is the length in [batch, length, …], the end of axis 2 in a cache [batch, heads,
-    length, size]; of outputs with neither, every element counts.
+    The end of axis 2 is the length in a cache [batch, heads, length, size], else axis 1 in
+    [batch, length, …]; of outputs with neither, every element counts.
     """
     if array.dtype.kind not in "fc":
         return 0
     real = mask.astype(bool)
     bad = ~np.isfinite(array)
-    if array.shape[:2] == mask.shape:
-        bad = bad[real]
-    elif array.ndim == 4 and array.shape[0] == len(mask) and array.shape[2] >= mask.shape[1]:
+    if array.ndim == 4 and array.shape[0] == len(mask) and array.shape[2] >= mask.shape[1]:
         bad = bad[:, :, array.shape[2] - mask.shape[1] :].swapaxes(1, 2)[real]
+    elif array.shape[:2] == mask.shape:
+        bad = bad[real]
     return int(bad.sum())
 
 

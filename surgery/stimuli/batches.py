@@ -28,6 +28,16 @@ PROBES: tuple[tuple[str, int, int, Padding], ...] = (
 """Name, rows, columns and padding of each seeded probe; none has the shape that is traced."""
 
 
+CACHES: tuple[tuple[str, int, int, int, Padding], ...] = (
+    ("cache of 1, then 1", 1, 1, 1, "none"),
+    ("cache of 5, then 4", 3, 5, 4, "none"),
+    ("left padding, cache of 16, then 1", 3, 16, 1, "left"),
+    ("left padding, cache of 13, then 4", 3, 13, 4, "left"),
+)
+"""Name, rows, columns that fill the cache, columns that follow, and padding, for graphs with a
+cache; every row has real tokens in its cache."""
+
+
 def prompt_batches(
     stimuli: Sequence[Stimulus], tokens: Mapping[str, tuple[int, ...]]
 ) -> Iterator[Batch]:
@@ -52,6 +62,21 @@ def probe_batches(vocab: int, positions: int, seed: int) -> Iterator[Batch]:
         side: Side = "right" if padding == "right" else "left"
         names = tuple(f"{title}, row {row}" for row in range(rows))
         yield pad(f"probe/{title}", "probe", ids, side, names)
+
+
+def cache_batches(vocab: int, positions: int, seed: int) -> Iterator[Batch]:
+    """Seeded random tokens in every shape of `CACHES` that fits, and one token over a long cache:
+    batches to run in two parts, the first of which fills the cache of the second."""
+    generator = np.random.default_rng((seed, len(CACHES)))
+    longest = min(positions, LONGEST_PROBE) - 1
+    shapes = [*CACHES, (f"cache of {longest}, one more", 1, longest, 1, "none")]
+    for title, rows, cached, following, padding in shapes:
+        columns = cached + following
+        if cached and columns <= positions:
+            lengths = _lengths(rows, columns, padding)
+            ids = [tuple(generator.integers(0, vocab, n).tolist()) for n in lengths]
+            names = tuple(f"{title}, row {row}" for row in range(rows))
+            yield replace(pad(f"probe/{title}", "probe", ids, "left", names), split=cached)
 
 
 def _lengths(rows: int, columns: int, padding: Padding) -> list[int]:
@@ -122,7 +147,8 @@ def digest(batches: Sequence[Batch]) -> str:
     for batch in batches:
         arrays = {**batch.inputs(), "selected": batch.selected}
         shapes = {name: array.shape for name, array in arrays.items()}
-        hasher.update(repr((batch.name, batch.stimulus_set, batch.rows, shapes)).encode())
+        facts = (batch.name, batch.stimulus_set, batch.rows, batch.split, shapes)
+        hasher.update(repr(facts).encode())
         for array in arrays.values():
             hasher.update(np.ascontiguousarray(array).tobytes())
     return hasher.hexdigest()

@@ -27,7 +27,8 @@ class Batch:
 
     `input_ids`, `attention_mask` and `position_ids` are int64 [batch, length]; `selected` is
     int64 [n, 2] of (row, column), real (unmasked) positions only; `rows` names the stimulus of
-    each row.
+    each row. A graph with a cache runs the first `split` columns, then the others over the cache
+    that those left; with 0 all at once.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Batch:
     position_ids: NDArray[np.int64]
     selected: NDArray[np.int64]
     rows: tuple[str, ...]
+    split: int = 0
 
     def inputs(self) -> dict[str, NDArray[np.int64]]:
         return {

@@ -45,6 +45,8 @@ def load_stimuli(paths: Iterable[Path]) -> tuple[Stimulus, ...]:
     found: dict[str, Stimulus] = {}
     for path in paths:
         text = read_text(path, StimuliError, MAX_FILE_BYTES)
+        if not text.strip():
+            raise StimuliError(f"{path}: holds no stimuli; expected a JSON object per line")
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 stimulus = _parse(line, str(path), number)

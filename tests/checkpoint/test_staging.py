@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -139,12 +141,45 @@ def test_a_full_disk_is_an_environment_fault_and_leaves_nothing(
     assert names(tmp_path) == ["recipe.json"]
 
 
-def test_two_outputs_at_one_place_one_wins_and_the_other_says_so(tmp_path: Path) -> None:
-    with Staging(tmp_path / "out") as first, Staging(tmp_path / "out") as second:
-        first.write("who", b"first")
-        second.write("who", b"second")
-        first.commit()
+def test_what_appeared_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    with Staging(tmp_path / "out") as staging:
+        staging.write("who", b"ours")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "who").write_bytes(b"theirs")
         with pytest.raises(OutputError, match="not empty"):
-            second.commit()
-    assert (tmp_path / "out" / "who").read_bytes() == b"first"
+            staging.commit()
+    assert (tmp_path / "out" / "who").read_bytes() == b"theirs"
     assert names(tmp_path) == ["out"]
+
+
+def test_a_second_run_for_the_same_target_is_told_so(tmp_path: Path) -> None:
+    with Staging(tmp_path / "out"):
+        with pytest.raises(OutputError, match="another run"), Staging(tmp_path / "out"):
+            pass
+        with Staging(tmp_path / "other") as free:
+            free.write("a", b"a")
+            free.commit()
+    with Staging(tmp_path / "out") as again:
+        again.commit()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_what_a_killed_run_left_is_swept_by_the_next(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from surgery.checkpoint import Staging\n"
+        "with Staging(Path(sys.argv[1])) as staging:\n"
+        "    staging.write('half', b'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    target = tmp_path / "out"
+    subprocess.run([sys.executable, "-c", code, str(target)], check=False)
+    mine = tmp_path / ".out.notes.staging"
+    mine.mkdir()
+    assert len(list(tmp_path.iterdir())) == 2
+    with Staging(target) as staging:
+        staging.write("whole", b"whole")
+        staging.commit()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [mine.name, "out"]
+    assert [path.name for path in target.iterdir()] == ["whole"]

@@ -38,10 +38,11 @@ class Lab:
     exporter: Exporter = field(default_factory=Exporter)
     _cases: dict[str, Case] = field(default_factory=dict)
 
-    def case(self, family: str, dtype: str = "float32") -> Case:
-        name = f"{family}-{dtype}"
+    def case(self, family: str, dtype: str = "float32", task: str | None = None) -> Case:
+        name = f"{family}-{dtype}-{task}"
         if name not in self._cases:
-            self._cases[name] = self.exporter.case(self.root / name, family, dtype=dtype)
+            root = self.root / name
+            self._cases[name] = self.exporter.case(root, family, task=task, dtype=dtype)
         return self._cases[name]
 
     @property

@@ -131,6 +131,43 @@ def hide_lookup(model: ModelProto, name: str) -> None:
     _prepend(model, helper.make_node("Unsqueeze", ["input_ids", "ids.axis"], ["ids.column"]))
 
 
+def zero_input(model: ModelProto, name: str) -> None:
+    """A float input that the graph takes and multiplies by 0."""
+    _redirect(model, name, f"{name}.zero")
+    _prepend(model, _times(model, name, f"{name}.zero", 0.0))
+
+
+def empty_input(model: ModelProto, name: str) -> None:
+    """A cache that is no input any more: nothing, [batch, heads, 0, size]."""
+    value = next(value for value in model.graph.input if value.name == name)
+    axes = [axis.dim_value for axis in value.type.tensor_type.shape.dim]
+    model.graph.input.remove(value)
+    rest = numpy_helper.from_array(np.array([axes[1], 0, axes[3]]), f"{name}.rest")
+    model.graph.initializer.append(rest)
+    _prepend(
+        model,
+        helper.make_node("Shape", ["input_ids"], [f"{name}.batch"], end=1),
+        helper.make_node("Concat", [f"{name}.batch", rest.name], [f"{name}.shape"], axis=0),
+        helper.make_node("ConstantOfShape", [f"{name}.shape"], [name]),
+    )
+
+
+def lose_oldest(model: ModelProto, name: str) -> None:
+    """A cache whose oldest position is lost and whose newest one comes twice."""
+    sizes = {"one": 1, "last": -1, "end": 2**40, "axis": 2}
+    one, last, end, axis = (f"{name}.{word}" for word in sizes)
+    for word, size in sizes.items():
+        tensor = numpy_helper.from_array(np.array([size]), f"{name}.{word}")
+        model.graph.initializer.append(tensor)
+    _redirect(model, name, f"{name}.rolled")
+    _prepend(
+        model,
+        helper.make_node("Slice", [name, one, end, axis], [f"{name}.late"]),
+        helper.make_node("Slice", [name, last, end, axis], [f"{name}.newest"]),
+        helper.make_node("Concat", [f"{name}.late", f"{name}.newest"], [f"{name}.rolled"], axis=2),
+    )
+
+
 def look_ahead(model: ModelProto) -> None:
     """Attention to later tokens: the causal comparison compares a position with itself."""
     for node in model.graph.node:
@@ -199,6 +236,50 @@ def _times_mask_over_itself(
         ]
     )
     _append(model, "Mul", "mask.ratio")
+
+
+def zero_output(model: ModelProto, name: str) -> None:
+    """An output that is 0 everywhere; what else reads it in the graph still gets the numbers."""
+    scale_output(model, name, 0.0)
+
+
+def scale_output(model: ModelProto, name: str, factor: float) -> None:
+    for node in model.graph.node:
+        node.output[:] = [f"{name}.full" if value == name else value for value in node.output]
+    _redirect(model, name, f"{name}.full")
+    model.graph.node.append(_times(model, f"{name}.full", name, factor))
+
+
+def _times(model: ModelProto, source: str, target: str, factor: float) -> Any:
+    constant = numpy_helper.from_array(np.array(factor, np.float32), f"{target}.factor")
+    model.graph.initializer.append(constant)
+    return helper.make_node("Mul", [source, constant.name], [target])
+
+
+def copy_output(model: ModelProto, name: str, new: str) -> None:
+    """One more output, `new`: what `name` is."""
+    value = next(value for value in model.graph.output if value.name == name)
+    model.graph.output.add().CopyFrom(value)
+    model.graph.output[-1].name = new
+    model.graph.node.append(helper.make_node("Identity", [name], [new]))
+
+
+def drop_output(model: ModelProto, name: str) -> None:
+    kept = [value for value in model.graph.output if value.name != name]
+    del model.graph.output[:]
+    model.graph.output.extend(kept)
+
+
+def name_caches_otherwise(model: ModelProto) -> None:
+    """Names that nobody knows for every cache input and output."""
+    for side in (model.graph.input, model.graph.output):
+        for number, value in enumerate(side):
+            if value.name.startswith(("past_key_values.", "present.")):
+                new = f"{value.name[:4]}_{number}"
+                _redirect(model, value.name, new)
+                for node in model.graph.node:
+                    node.output[:] = [new if name == value.name else name for name in node.output]
+                value.name = new
 
 
 def reshape(model: ModelProto, shape: list[int]) -> None:

@@ -122,7 +122,7 @@ def test_an_autoencoder_of_another_model_is_refused(
     [
         (sae_edit("orthogonalize", (1, 1)), "a feature is named twice"),
         (sae_edit("orthogonalize", (12,)), "feature 12 is out of range 0 to 11"),
-        (sae_edit("orthogonalize", layers=[]), "name each layer once"),
+        (sae_edit("orthogonalize", layers=[]), "name at least one layer"),
         (sae_edit("orthogonalize", layers=[2]), "layers 0 to 1"),
         (sae_edit("orthogonalize", layers="0-2"), "layers 0 to 1"),
         (sae_edit("steer_bias", layers=[0]), "layers and approximate have no meaning"),

@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 import pytest
 
+from surgery import process
 from surgery.errors import ArchitectureError, CheckpointError, ExportError, InputError
-from surgery.export import TASKS, default_task, export
+from surgery.export import TASKS, default_task, export, export_in_child
 from surgery.export.capture import _check_dynamic
 from surgery.runtimes import RUNTIMES, ModelRef, Runtime
 from tests.batches import BATCHES
@@ -153,6 +154,24 @@ def test_the_task_follows_the_family(zoo: Zoo, tmp_path: Path) -> None:
         export(strange, tmp_path / "out")
     with pytest.raises(InputError, match="did you mean 'encoder'"):
         export(zoo.checkpoint("bert"), tmp_path / "out", task="encode")
+
+
+WRONG_TASKS = {
+    ("bert", "causal-lm"): "bert is an encoder; its tasks are: encoder",
+    ("bert", "causal-lm-with-past"): "bert is an encoder; its tasks are: encoder",
+    ("llama", "encoder"): "llama is a decoder; its tasks are: causal-lm, causal-lm-with-past",
+}
+
+
+@pytest.mark.parametrize(("family", "task"), WRONG_TASKS)
+def test_a_task_of_another_kind_of_model_is_refused_before_a_child_starts(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, task: str
+) -> None:
+    monkeypatch.delattr(process, "run")
+    for run in (export, export_in_child):
+        with pytest.raises(InputError, match=WRONG_TASKS[family, task]):
+            run(zoo.checkpoint(family), tmp_path / "out", task=task)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_parameter_without_a_tensor_is_not_filled_with_random_numbers(tmp_path: Path) -> None:

@@ -113,3 +113,11 @@ def test_a_line_without_letters_is_unknown() -> None:
 def test_an_unknown_language_code_is_refused() -> None:
     with pytest.raises(ValueError, match="xx"):
         langid_detector(["en", "xx"])
+
+
+def test_lines_of_scripts_without_spaces_are_counted_by_character() -> None:
+    from surgery.metrics.line_pass_rate import count_tokens, counted_lines
+
+    assert count_tokens("巴黎是法国的首都") == 8
+    assert count_tokens("東京 は capital of 日本") == 7
+    assert counted_lines("巴黎是法国的首都。\n是的。") == ["巴黎是法国的首都"]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from evidences import clean, conversion_only, edit_lost, report
+from evidences import clean, conversion_only, edit_lost, effect, report
 
 from surgery.evidence import CORNERS, Evidence
+from surgery.policy import BUILT_IN
 from surgery.report import render
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -67,6 +70,16 @@ def test_the_picture_shows_what_failed() -> None:
 
 def test_corners_that_did_not_run_are_shown_as_such() -> None:
     assert Page(render(report(conversion_only()), "html")).text.count("not run") == 2
+
+
+def test_bars_of_shares_end_at_one_and_others_at_their_own_largest_value() -> None:
+    rows = (
+        effect("small", "target", 0.1, 0.2, 0.1, 0.25, unit="share of answers"),
+        effect("large", "target", 1.0, 2.0, 1.0, 4.0, unit="logits"),
+    )
+    page = render(report(replace(clean(), effects=rows), BUILT_IN), "html")
+    widths = re.findall(r"left:0.00%;width:([0-9.]+)%", page)
+    assert widths == ["10.00", "20.00", "10.00", "25.00", "25.00", "50.00", "25.00", "100.00"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a chromium binary")

@@ -6,10 +6,11 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from evidences import POLICY, clean, conversion_only, edit_lost, report
+from evidences import POLICY, clean, conversion, conversion_only, edit_lost, report
 
 from surgery.errors import ReportError
 from surgery.evidence import Effect, Evidence, Finding
@@ -91,6 +92,35 @@ def test_a_malformed_report_is_refused(
     with pytest.raises(ReportError) as caught:
         load_report(path)
     assert expected in str(caught.value) and str(caught.value).isprintable()
+
+
+def forged(**changes: object) -> str:
+    return json.dumps({**json.loads(report(edit_lost()).dump()), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"verdict": "pass", "findings": []}, "its verdict is not what its evidence says"),
+        ({"verdict": "not_evaluated"}, "expected fail, found not_evaluated"),
+        ({"findings": []}, "its findings are not what its evidence says"),
+    ],
+)
+def test_a_verdict_written_in_by_hand_is_refused(
+    tmp_path: Path, changes: dict[str, object], expected: str
+) -> None:
+    with pytest.raises(ReportError) as caught:
+        load_report(saved(tmp_path, forged(**changes)))
+    assert expected in str(caught.value) and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["\x1b" * 9_000, "é\ud800" * 6_000, "x" * 10_001, "x" * 9_990])
+def test_findings_about_any_name_are_found_again(tmp_path: Path, name: str) -> None:
+    row = conversion("C_o", 1 / 3 * 1e3, output=name, worst=name)
+    evidence = replace(conversion_only(), conversion=(row,))
+    made = report(evidence)
+    assert made.verdict == "fail"
+    assert load_report(saved(tmp_path, made.dump())) == made
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"null", b"\xff", b"[" * 100_000, b"{"])

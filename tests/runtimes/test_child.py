@@ -16,6 +16,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import EnvironmentFault, OnnxError
 from surgery.runtimes import RUNTIMES, ModelRef
 from surgery.runtimes.child import Generation, Job, Limits, Outcome, run
+from surgery.runtimes.worker import count_nonfinite
 from surgery.stimuli.interface import Batch
 from tests.batches import BATCHES
 from tests.models import Zoo
@@ -184,6 +185,13 @@ def test_values_that_are_not_finite_are_counted_at_real_positions(
     path = save(lookup(table=table), tmp_path / "m.onnx")
     outcome = run_onnx(path, tmp_path / "s", batches=(small_batch(mask),))
     assert [fact.nonfinite for fact in outcome.facts("b").outputs] == [count]
+
+
+def test_values_of_a_cache_are_counted_along_its_length() -> None:
+    """Also where there are as many heads as positions."""
+    cache, mask = np.zeros((2, 3, 3, 4), np.float32), np.array([[0, 1, 1], [1, 1, 1]])
+    cache[0, :, 0], cache[1, 0, 2, 3] = np.nan, np.inf
+    assert (count_nonfinite(cache, mask), count_nonfinite(cache, 1 - mask)) == (1, 12)
 
 
 def test_a_generation_that_meets_nan_stops_and_says_so(tmp_path: Path) -> None:

@@ -218,3 +218,10 @@ def test_malformed_inputs_never_reach_a_runtime(tmp_path: Path, inputs: dict[str
     loaded = load("reference", save(lookup(), tmp_path / "m.onnx"))
     with pytest.raises(ValueError, match="inputs must"):
         loaded.infer(inputs)
+
+
+@pytest.mark.parametrize("split", [-1, 3])
+def test_a_split_that_leaves_nothing_to_one_part_is_refused(tmp_path: Path, split: int) -> None:
+    loaded = load("reference", save(lookup(), tmp_path / "m.onnx"))
+    with pytest.raises(ValueError, match="split must be 0 to 2"):
+        loaded.infer({"input_ids": np.zeros((1, 3), np.int64)}, split)

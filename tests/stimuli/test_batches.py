@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from surgery.stimuli import Batch, Stimulus
 from surgery.stimuli.batches import (
+    CACHES,
     PROBES,
     ROWS,
+    cache_batches,
     digest,
     last_positions,
     pad,
@@ -130,6 +132,30 @@ def test_names_of_probes_and_rows_are_unique() -> None:
     assert len(set(titles)) == len(titles)
 
 
+@given(st.integers(1, 300))
+def test_a_cache_is_filled_by_real_tokens_of_every_row_and_then_read(positions: int) -> None:
+    found = list(cache_batches(VOCAB, positions, seed=0))
+    names = [batch.name for batch in [*found, *probes(positions=positions)]]
+    assert len(set(names)) == len(names)
+    assert bool(found) is (positions > 1)
+    for batch in found:
+        rows, columns = batch.input_ids.shape
+        assert 0 < batch.split < columns <= min(positions, 256)
+        assert batch.attention_mask[:, : batch.split].any(axis=1).all()
+        assert batch.attention_mask[:, batch.split :].all(), "what follows is real"
+        assert len(batch.rows) == rows
+
+
+def test_caches_are_short_long_and_padded_and_one_token_or_more_follows() -> None:
+    found = list(cache_batches(VOCAB, POSITIONS, seed=0))
+    assert len(found) == len(CACHES) + 1
+    shapes = {(b.split, b.input_ids.shape[1] - b.split) for b in found}
+    assert shapes >= {(1, 1), (5, 4), (POSITIONS - 1, 1)}
+    padded = {b.input_ids.shape[1] - b.split for b in found if not b.attention_mask.all()}
+    assert padded == {1, 4}
+    assert digest(found) != digest(list(cache_batches(VOCAB, POSITIONS, seed=1)))
+
+
 # -------------------------------------------------------------------------------------- prompts
 
 
@@ -183,7 +209,8 @@ def test_the_digest_changes_with_any_field(name: str, where: int) -> None:
         value = value.copy()
         value.flat[where % value.size] += 1
     else:
-        value = (*value[:-1], "another") if isinstance(value, tuple) else value + "x"
+        others = {tuple: (*batch.rows[:-1], "another"), int: 1}
+        value = others.get(type(value), f"{value}x")
     assert digest([replace(batch, **{name: value})]) != digest([batch])
 
 

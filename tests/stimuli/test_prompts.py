@@ -31,6 +31,15 @@ def test_lines_come_in_order_over_all_files(tmp_path: Path) -> None:
     assert found[1].input_ids == (1, 2, 3)
 
 
+@pytest.mark.parametrize("text", ["", "\n", " \n\n"])
+def test_a_file_without_stimuli_is_refused(tmp_path: Path, text: str) -> None:
+    """Its user believes that something of theirs was tested."""
+    full, empty = write(tmp_path / "full.jsonl", GOOD), tmp_path / "empty.jsonl"
+    empty.write_text(text)
+    with pytest.raises(StimuliError, match=r"empty\.jsonl: holds no stimuli"):
+        load_stimuli([full, empty])
+
+
 BAD: dict[str, tuple[Any, str]] = {
     "no JSON": ("{", "line 2"),
     "no object": ("[1]", "line 2"),
