@@ -20,7 +20,6 @@ import click
 
 from surgery.errors import EnvironmentFault, SurgeryError
 
-VERDICTS = {"pass": 0, "fail": 1, "not_evaluated": 5}
 LAYOUTS = ("portable",)
 FORMATS = ("text", "json", "md", "html")
 
@@ -140,6 +139,8 @@ def apply(recipe: Path, model: Path, output: Path, delta: Path | None, allow_out
         click.echo(f"{output}: {count(done.files, 'file')} as the delta says")
     else:
         click.echo(f"{output}: {count(len(done.edited), 'tensor')} edited, see {RECEIPT} in it")
+        for tensor, found in done.nonfinite.items():
+            click.echo(f"kept {count(found, 'non-finite number')} of {tensor}", err=True)
 
 
 @cli.command()
@@ -202,7 +203,7 @@ def diff_weights(a: Path, b: Path, json: bool, exit_code: bool) -> None:
 
     found = run(a, b)
     echo_json(asdict(found)) if json else click.echo(comparison_text(found))
-    sys.exit(1 if exit_code and found.changed else 0)
+    sys.exit(1 if exit_code and not found.same else 0)
 
 
 @cli.command()
@@ -229,7 +230,7 @@ def export(
     from surgery.api import export as run
     from surgery.console import size, stages
 
-    folder = output or model.with_name(f"{model.resolve().name}-onnx")
+    folder = output or model.resolve().with_name(f"{model.resolve().name}-onnx")
     with stages() as progress:
         progress(f"exporting {model}")
         done = run(model, folder, task=task, opset=opset, dtype=dtype, layout=layout)
@@ -306,17 +307,16 @@ def gate(report: Path, policy: Path | None, json: bool) -> None:
     Example: surgery gate report.json --policy policy.yaml
     """
     from surgery.api import gate as run
+    from surgery.gate import EXIT_CODES
 
     found = run(report, policy)
     if json:
-        from surgery.report.model import plain
-
-        echo_json(plain(found))
+        echo_json(found)
     else:
         click.echo(f"verdict: {found.verdict}")
         for finding in found.findings:
             click.echo(f"{finding.stage}: {finding.symptom}: {finding.message}")
-    sys.exit(VERDICTS[found.verdict])
+    sys.exit(EXIT_CODES[found.verdict])
 
 
 @cli.command()
@@ -379,14 +379,18 @@ def terminal_text(report: Any, brief: bool = False) -> str:
 
 def finish(report: Any, tail: str = "") -> None:
     """Prints a report and leaves with its verdict's exit code."""
+    from surgery.gate import EXIT_CODES
+
     click.echo(terminal_text(report, brief=True), nl=False)
     if tail:
         click.echo(tail)
-    sys.exit(VERDICTS[report.verdict])
+    sys.exit(EXIT_CODES[report.verdict])
 
 
 def echo_json(value: Any) -> None:
-    click.echo(dumps(value, indent=2, default=str, allow_nan=False))
+    from surgery.report.model import plain
+
+    click.echo(dumps(plain(value), indent=2, default=str, allow_nan=False))
 
 
 def write_text(path: Path, text: str) -> None:

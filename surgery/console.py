@@ -146,7 +146,16 @@ def comparison_text(found: Comparison) -> str:
     ]
     head = ("tensor", "rows", "columns", "Frobenius", "max", "rank")
     summary = f"changed: {count(len(found.changed), 'tensor')}; equal: {found.equal}"
-    return f"{table(head, rows)}\n{summary}" if rows else summary
+    others = [
+        f"{label}: {', '.join(names)}"
+        for label, names in (
+            ("only in A", found.only_a),
+            ("only in B", found.only_b),
+            ("other shape or dtype", found.other_form),
+        )
+        if names
+    ]
+    return "\n".join([*([table(head, rows)] if rows else []), summary, *others])
 
 
 def spans(indices: Sequence[int] | None, limit: int = 4) -> str:

@@ -46,7 +46,13 @@ def test_clean_evidence_passes() -> None:
 
 
 def test_without_an_edit_only_the_conversion_is_judged() -> None:
-    assert judge(conversion_only(), POLICY).verdict == "pass"
+    assert judge(conversion_only(), BUILT_IN).verdict == "pass"
+
+
+def test_a_policy_about_an_edit_fails_where_no_edited_model_was_tested() -> None:
+    verdict = judge(conversion_only(), POLICY)
+    assert verdict.verdict == "fail"
+    assert {finding.symptom for finding in verdict.findings} == {"not measured"}
 
 
 def test_nothing_compared_is_not_evaluated() -> None:

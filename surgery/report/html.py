@@ -111,8 +111,13 @@ def _box(report: Report, name: str) -> Box:
     x, y = PLACES[name]
     if corner is None:
         return Box(name, TITLES[name], x, y, "absent", "not run")
-    state = "pass" if corner.status == "ok" else "fail"
+    state = "fail" if corner.status != "ok" or _blamed(report, name) else "pass"
     return Box(name, TITLES[name], x, y, state, corner.status)
+
+
+def _blamed(report: Report, site: str) -> bool:
+    """Whether a finding is about a corner or an edge."""
+    return any(finding.site.split("/")[0] == site for finding in report.findings)
 
 
 def _conversion(report: Report, edge: str) -> Edge:
@@ -121,7 +126,7 @@ def _conversion(report: Report, edge: str) -> Edge:
     if not ratios:
         return Edge(edge, "absent", "not measured")
     worst = math.nan if any(map(math.isnan, ratios)) else max(ratios)
-    failed = any(f.site.split("/")[0] == edge for f in report.findings)
+    failed = _blamed(report, edge) or _blamed(report, EDGES[edge][1])
     return Edge(edge, "fail" if failed else "pass", f"{number(worst)}× noise")
 
 

@@ -54,7 +54,8 @@ def probe_batches(vocab: int, positions: int, seed: int) -> Iterator[Batch]:
     """Seeded random tokens in every shape of `PROBES` that fits, and one long row."""
     generator = np.random.default_rng(seed)
     longest = min(positions, LONGEST_PROBE)
-    shapes = [*PROBES, (f"batch 1, length {longest}", 1, longest, "none")]
+    long: tuple[str, int, int, Padding] = (f"batch 1, length {longest}", 1, longest, "none")
+    shapes = PROBES if long in PROBES else (*PROBES, long)
     for title, rows, columns, padding in shapes:
         columns = min(columns, positions)
         lengths = _lengths(rows, columns, padding)
