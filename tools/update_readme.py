@@ -1,6 +1,6 @@
 """Run every `surgery` command of README.md in its order and put what it prints below it.
 
-    python tools/update_readme.py
+python tools/update_readme.py
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from surgery import process
 from surgery.errors import ArchitectureError, CheckpointError, ExportError, InputError
 from surgery.export import TASKS, default_task, export, export_in_child
 from surgery.export.capture import _check_dynamic
+from surgery.export.load import load_model
 from surgery.runtimes import RUNTIMES, ModelRef, Runtime
 from tests.batches import BATCHES
 from tests.models import DECODERS, Zoo, make
@@ -182,5 +183,7 @@ def test_a_parameter_without_a_tensor_is_not_filled_with_random_numbers(tmp_path
     assert changed != text
     (path / "config.json").write_text(changed)
     with pytest.raises(CheckpointError, match=r"8 parameters .* first '.*bias'"):
+        load_model(path, TASKS["causal-lm"], "float32")
+    with pytest.raises(ArchitectureError, match="lacks"):
         export(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
