@@ -53,7 +53,8 @@ class Conversion:
 
     Differences are ONNX Runtime minus PyTorch float32. `noise_*` are PyTorch float32 against
     the float64 reference on the same positions; `ratio_max` and `ratio_l2` are the errors of
-    ONNX Runtime against that reference, divided by the noise (worst element, and L2 norm).
+    ONNX Runtime against that reference, divided by the noise (worst element, and L2 norm);
+    `ratio_position` is the largest of one position's error over that position's own noise.
     `kl` is the mean KL(PyTorch || ONNX Runtime) in nats per token and `flips` the number of
     top-1 changes; both are None for outputs that are not logits.
     """
@@ -73,6 +74,7 @@ class Conversion:
     noise_l2: float
     ratio_max: float
     ratio_l2: float
+    ratio_position: float
     worst: str
 
 

@@ -11,8 +11,8 @@ The law:
 5. Evidence that no run can have measured fails, even where no limit is set on it: a number that
    is not one or not finite, a negative magnitude, a cosine beyond 1, an error over no noise, a
    row of a corner that did not run.
-6. Conversion: on every edge and output, the worst and the L2 error stay within
-   `conversion.max_noise_ratio` times float32 noise.
+6. Conversion: on every edge and output, the worst element, the L2 norm and the worst position
+   stay within `conversion.max_noise_ratio` times float32 noise.
 7. Interaction: on every stimulus set, ||I|| stays within `interaction.max_ratio` of the effect,
    or within `interaction.max_noise_ratio` of the noise. Where the effect itself is within that
    noise it is no yardstick, and noise alone judges.
@@ -239,7 +239,7 @@ def _conversion(evidence: Evidence, policy: Policy) -> Iterator[Finding]:
 
 def _worst(row: Conversion) -> float:
     """The larger of both ratios; NaN where either is none."""
-    ratios = (row.ratio_max, row.ratio_l2)
+    ratios = (row.ratio_max, row.ratio_l2, row.ratio_position)
     return max(ratios) if all(ratio >= 0 for ratio in ratios) else math.nan
 
 
@@ -271,7 +271,8 @@ def _blame(row: Conversion, evidence: Evidence, limit: float) -> str:
 
 def _impossible_error(row: Conversion) -> dict[str, float]:
     """Numbers of `row` that cannot be; its ratios have a limit that judges them."""
-    ratios = {"ratio_max": row.ratio_max, "ratio_l2": row.ratio_l2}
+    names = ("ratio_max", "ratio_l2", "ratio_position")
+    ratios = {name: getattr(row, name) for name in names}
     bad = _wrong(row, *ratios) | {name: r for name, r in ratios.items() if math.isnan(r)}
     if row.flips is not None and row.flips > row.positions:
         bad["flips"] = row.flips

@@ -46,6 +46,7 @@ def conversion(edge: str, ratio: float = 1.3, **changes: Any) -> Conversion:
         noise_l2=4.2e-4,
         ratio_max=ratio,
         ratio_l2=ratio * 0.9,
+        ratio_position=ratio * 0.9,
         worst="left-padded batch, row 3, position 17",
     )
     return replace(row, **changes)

@@ -118,7 +118,7 @@ class Bench:
                     path = case.onnx.with_name(f"epsilon-{factor}.onnx")
                     onnx.save(model, str(path))
                     row = self.measure(case, path).conversion[0]
-                    yield family, factor, max(row.ratio_max, row.ratio_l2)
+                    yield family, factor, max(row.ratio_max, row.ratio_l2, row.ratio_position)
 
     def case(self, family: str, seed: int, dtype: str, width: int) -> Case:
         root = self.root / f"{family}-{seed}-{dtype}-{width}-{len(list(self.root.iterdir()))}"
@@ -154,6 +154,7 @@ def rows_of(evidence: Evidence, family: str, dtype: str, width: int) -> Iterator
     for conversion in evidence.conversion:
         yield Row("C ratio_max", family, dtype, width, conversion.ratio_max)
         yield Row("C ratio_l2", family, dtype, width, conversion.ratio_l2)
+        yield Row("C ratio_position", family, dtype, width, conversion.ratio_position)
     for interaction in evidence.interaction:
         yield Row("I noise_ratio", family, dtype, width, interaction.noise_ratio)
         yield Row("I ratio", family, dtype, width, interaction.ratio)

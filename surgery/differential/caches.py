@@ -67,8 +67,8 @@ def _worst(sums: Sums, edge: str) -> str:
     return max(ratios, key=lambda name: ratios[name])
 
 
-def _ratios(own: ConversionSums) -> tuple[float, float]:
-    return own.ratio_max, own.ratio_l2
+def _ratios(own: ConversionSums) -> tuple[float, float, float]:
+    return own.ratio_max, own.ratio_l2, own.ratio_position
 
 
 def _rank(ratio: float) -> float:

@@ -347,6 +347,7 @@ def _conversion_row(
         noise_l2=own.noise_l2,
         ratio_max=own.ratio_max,
         ratio_l2=own.ratio_l2,
+        ratio_position=own.ratio_position,
         worst=own.worst[1],
     )
 

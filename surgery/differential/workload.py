@@ -17,6 +17,7 @@ from surgery.stimuli import Batch, Stimulus
 from surgery.stimuli.batches import (
     cache_batches,
     digest,
+    position_batches,
     probe_batches,
     prompt_batches,
     within_budget,
@@ -79,7 +80,10 @@ def make_workload(
     responding = task.causal and any(stimulus.answers for stimulus in stimuli)
     tokenizer = Tokenizer(model.root) if prompted or responding else None
     tokens = tokens_of(stimuli, tokenizer, vocab, positions)
-    batches = [*prompt_batches(stimuli, tokens), *probe_batches(vocab, positions, seed)]
+    width = _position_bytes(arch, task) // 2
+    batches = [*prompt_batches(stimuli, tokens, width), *probe_batches(vocab, positions, seed)]
+    if task.causal:
+        batches += position_batches(vocab, positions, seed)
     if task.cache:
         batches += cache_batches(vocab, positions, seed)
     if not batches:

@@ -58,6 +58,7 @@ class ConversionSums:
     t_squares: float = 0.0
     r_squares: float = 0.0
     positions: int = 0
+    ratio_position: float = 0.0
     worst: tuple[float, str] = (-1.0, "")
 
     def add(self, where: list[str], t: Floats, reference: Floats, r: Floats) -> None:
@@ -77,6 +78,20 @@ class ConversionSums:
         self.t_squares += float(np.square(wide_t).sum())
         self.r_squares += float(np.square(wide_r).sum())
         self._note_worst(where, np.abs(difference).max(axis=-1))
+        self._note_position(wide_t, np.asarray(reference, np.float64), wide_r)
+
+    def _note_position(self, t: Floats, reference: Floats, r: Floats) -> None:
+        """Keeps the largest error of one position over that position's own noise, in L2.
+
+        One noisy position would hide an error elsewhere from the other two ratios. The least
+        noise a position is taken to have is four roundings of its own values: with fewer, two
+        correct runtimes differ by chance.
+        """
+        noise = np.linalg.norm(t - reference, axis=-1)
+        least = 4 * HALF_ULP * np.linalg.norm(reference, axis=-1)
+        error = np.linalg.norm(r - reference, axis=-1)
+        ratios = [divide(e, max(n, m)) for e, n, m in zip(error, noise, least, strict=True)]
+        self.ratio_position = float(np.max([self.ratio_position, *ratios]))
 
     def _note_worst(self, where: list[str], largest: NDArray[np.float64]) -> None:
         # A NaN is worse than any number.

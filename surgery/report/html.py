@@ -122,7 +122,8 @@ def _blamed(report: Report, site: str) -> bool:
 
 def _conversion(report: Report, edge: str) -> Edge:
     """The edge with its worst ratio over all outputs; NaN is worse than any number."""
-    ratios = [r for c in report.conversion if c.edge == edge for r in (c.ratio_max, c.ratio_l2)]
+    rows = [c for c in report.conversion if c.edge == edge]
+    ratios = [r for c in rows for r in (c.ratio_max, c.ratio_l2, c.ratio_position)]
     if not ratios:
         return Edge(edge, "absent", "not measured")
     worst = math.nan if any(map(math.isnan, ratios)) else max(ratios)

@@ -159,6 +159,7 @@ def _conversion(conversion: Iterable[Conversion]) -> Table:
         "noise max",
         "max/noise",
         "L2/noise",
+        "1 position",
         "cosine",
         "KL",
         "flips",
@@ -172,6 +173,7 @@ def _conversion(conversion: Iterable[Conversion]) -> Table:
             number(c.noise_max),
             number(c.ratio_max),
             number(c.ratio_l2),
+            number(c.ratio_position),
             f"{c.cosine:.6f}" if math.isfinite(c.cosine) else number(c.cosine),
             number(c.kl),
             number(c.flips),
@@ -179,7 +181,7 @@ def _conversion(conversion: Iterable[Conversion]) -> Table:
         for c in conversion
     )
     spare = ("noise max", "cosine", "max abs", "KL", "flips", "positions")
-    numeric = (2, 3, 4, 5, 6, 7, 8, 9)
+    numeric = (2, 3, 4, 5, 6, 7, 8, 9, 10)
     return _table("Conversion", headers, rows, *numeric, spare=spare, names=("edge", "output"))
 
 

@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from surgery.stimuli.interface import Batch, Stimulus
 
 ROWS = 16
-LONGEST_PROBE = 256
+LONGEST_PROBE = 512
+POSITION_ROWS = 4
+BATCH_BYTES = 256 << 20
+"""Largest output of one batch; a large vocabulary makes batches of fewer rows."""
 
 Side = Literal["left", "right"]
 Padding = Literal["none", "left", "right"]
@@ -39,15 +42,18 @@ cache; every row has real tokens in its cache."""
 
 
 def prompt_batches(
-    stimuli: Sequence[Stimulus], tokens: Mapping[str, tuple[int, ...]]
+    stimuli: Sequence[Stimulus], tokens: Mapping[str, tuple[int, ...]], position_bytes: int = 4
 ) -> Iterator[Batch]:
-    """The prompts of each set in batches of at most 16 rows of similar length, padded left."""
+    """The prompts of each set in batches of at most 16 rows of similar length, padded left.
+
+    `position_bytes` is the size of one position's output in float32.
+    """
     for name in dict.fromkeys(stimulus.set for stimulus in stimuli):
         ids = sorted((s.id for s in stimuli if s.set == name), key=lambda i: len(tokens[i]))
-        for start in range(0, len(ids), ROWS):
-            rows = ids[start : start + ROWS]
-            title = f"{name}/{start // ROWS}"
-            yield pad(title, name, [tokens[row] for row in rows], "left", tuple(rows))
+        while ids:
+            room = BATCH_BYTES // (position_bytes * len(tokens[ids[-1]]))
+            rows, ids = ids[: max(1, min(ROWS, room))], ids[max(1, min(ROWS, room)) :]
+            yield pad(f"{name}/{rows[0]}", name, [tokens[row] for row in rows], "left", tuple(rows))
 
 
 def probe_batches(vocab: int, positions: int, seed: int) -> Iterator[Batch]:
@@ -63,6 +69,23 @@ def probe_batches(vocab: int, positions: int, seed: int) -> Iterator[Batch]:
         side: Side = "right" if padding == "right" else "left"
         names = tuple(f"{title}, row {row}" for row in range(rows))
         yield pad(f"probe/{title}", "probe", ids, side, names)
+
+
+def position_batches(vocab: int, positions: int, seed: int) -> Iterator[Batch]:
+    """Seeded random tokens at positions past the longest probe, one row a batch.
+
+    Rows of consecutive position ids cover the rest of the range, or, where that would take more
+    than 4 rows, sample it evenly; the last positions are always there.
+    """
+    generator = np.random.default_rng((seed, positions))
+    starts = np.arange(LONGEST_PROBE, positions, LONGEST_PROBE)
+    spread = np.linspace(0, len(starts) - 1, min(len(starts), POSITION_ROWS))
+    for start in starts[spread.astype(int)].tolist():
+        first = min(start, positions - LONGEST_PROBE)
+        ids = tuple(generator.integers(0, vocab, LONGEST_PROBE).tolist())
+        name = f"positions {first} to {first + LONGEST_PROBE - 1}"
+        batch = pad(f"probe/{name}", "probe", [ids], "left", (name,))
+        yield replace(batch, position_ids=batch.position_ids + first)
 
 
 def cache_batches(vocab: int, positions: int, seed: int) -> Iterator[Batch]:

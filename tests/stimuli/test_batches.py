@@ -14,13 +14,16 @@ from hypothesis import strategies as st
 
 from surgery.stimuli import Batch, Stimulus
 from surgery.stimuli.batches import (
+    BATCH_BYTES,
     CACHES,
+    LONGEST_PROBE,
     PROBES,
     ROWS,
     cache_batches,
     digest,
     last_positions,
     pad,
+    position_batches,
     probe_batches,
     prompt_batches,
     within_budget,
@@ -109,7 +112,7 @@ def test_a_model_with_few_positions_gets_probes_that_fit() -> None:
 
 
 def test_a_model_with_many_positions_gets_a_bounded_probe() -> None:
-    assert max(batch.input_ids.shape[1] for batch in probes(positions=10**6)) == 256
+    assert max(batch.input_ids.shape[1] for batch in probes(positions=10**6)) == LONGEST_PROBE
 
 
 @given(st.integers(2, 500), st.integers(1, 80), st.integers(0, 5))
@@ -142,7 +145,7 @@ def test_a_cache_is_filled_by_real_tokens_of_every_row_and_then_read(positions: 
     assert bool(found) is (positions > 1)
     for batch in found:
         rows, columns = batch.input_ids.shape
-        assert 0 < batch.split < columns <= min(positions, 256)
+        assert 0 < batch.split < columns <= min(positions, LONGEST_PROBE)
         assert batch.attention_mask[:, : batch.split].any(axis=1).all()
         assert batch.attention_mask[:, batch.split :].all(), "what follows is real"
         assert len(batch.rows) == rows
@@ -221,3 +224,25 @@ def test_the_digest_knows_shapes_order_and_number_of_batches() -> None:
     flat = {f.name: getattr(a, f.name) for f in fields(a)}
     square = Batch(**{**flat, "input_ids": a.input_ids.reshape(2, 2)})
     assert len({digest(x) for x in ([a], [square], [a, b], [b, a], [])}) == 5
+
+
+@pytest.mark.parametrize(
+    ("positions", "rows"), [(512, 0), (513, 1), (2048, 3), (1 << 17, 4)]
+)
+def test_positions_past_the_longest_probe_are_covered_or_sampled(positions: int, rows: int) -> None:
+    batches = list(position_batches(101, positions, 0))
+    assert len(batches) == rows
+    seen = {int(p) for batch in batches for p in batch.position_ids.ravel()}
+    if rows:
+        assert max(seen) == positions - 1
+    if 0 < rows < 4:
+        assert seen == set(range(min(seen), positions))
+        assert min(seen) <= LONGEST_PROBE
+
+
+def test_a_large_vocabulary_makes_batches_of_fewer_rows() -> None:
+    stimuli = [Stimulus(str(n), "target", input_ids=(1,) * 100) for n in range(8)]
+    tokens = {stimulus.id: (1,) * 100 for stimulus in stimuli}
+    sizes = [len(batch.rows) for batch in prompt_batches(stimuli, tokens, 4 * 150_000)]
+    assert sum(sizes) == 8
+    assert max(sizes) * 100 * 4 * 150_000 <= BATCH_BYTES
