@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from surgery.modelcard import describe_edit
 from surgery.recipe import Recipe, parse_recipe
 
-TEXT = 'schema: 1  # "why": \\ \U0001f642 \u2028\nedits:\n  - {op: heads, heads: [L0H0]}\n'
+TEXT = 'schema: 1  # "why": \\ \U0001f642 \u00e9\nedits:\n  - {op: heads, heads: [L0H0]}\n'
 
 
 def recipe(text: str = TEXT) -> Recipe:
