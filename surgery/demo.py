@@ -97,6 +97,7 @@ def _run_damaged(
         stimuli=_stimuli(fixture),
         policy=load_policy(fixture / f"{case.recipe}.policy.yaml"),
         progress=lambda stage: progress(f"damaged export: {stage}"),
+        root=folder,
     )
     (damaged / REPORT_JSON).write_text(render(report, "json"), "utf-8")
     (damaged / REPORT_HTML).write_text(render(report, "html"), "utf-8")

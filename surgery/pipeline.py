@@ -47,12 +47,13 @@ def diff(
     seed: int = DEFAULT_SEED,
     limits: Limits | None = None,
     progress: Progress = silent,
+    root: Path | None = None,
 ) -> Report:
     """The differential test of checkpoint `model` and, where given, of `edited`.
 
     An ONNX file that is not given is exported to a temporary folder; one that has a key-value
-    cache is judged with it. Raises `InputError` for anything given that cannot be used; whatever
-    a corner does is in the report.
+    cache is judged with it. The report names files inside `root` relative to it. Raises
+    `InputError` for anything given that cannot be used; whatever a corner does is in the report.
     """
     if edited is None and edited_onnx is not None:
         raise InputError("an edited ONNX file needs the edited checkpoint: give --edited too")
@@ -79,7 +80,8 @@ def diff(
             if given[edge] is None:
                 progress(f"export of {pair.model}")
                 export_in_child(pair.model, pair.onnx.parent, task=asked.task.name)
-        return _report(pairs, asked, stimuli, policy, limits or Limits(), progress)
+        home = root or Path(scratch)
+        return _report(pairs, asked, stimuli, policy, limits or Limits(), progress, home)
 
 
 def validate(

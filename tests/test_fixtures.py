@@ -120,6 +120,14 @@ def test_the_polyglot_is_confused_and_its_tuned_sibling_is_not() -> None:
     assert rates[1] > 0.90
 
 
+def test_a_clean_export_of_the_tuned_sibling_passes() -> None:
+    """Those of the other two fixtures pass in the demo."""
+    folder = POLYGLOTS[1]
+    report = api.diff(folder, stimuli=[folder / "stimuli" / "preserve.jsonl"])
+    assert report.verdict == "pass"
+    assert report.inputs["R_o"]["path"] == "onnx/original/model.onnx"
+
+
 @pytest.mark.parametrize("sae", ["sae-resid", "sae-z"])
 def test_an_autoencoder_explains_80_percent_of_the_variance(sae: str) -> None:
     x = activations(sae)
