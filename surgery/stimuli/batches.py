@@ -50,10 +50,19 @@ def prompt_batches(
     """
     for name in dict.fromkeys(stimulus.set for stimulus in stimuli):
         ids = sorted((s.id for s in stimuli if s.set == name), key=lambda i: len(tokens[i]))
-        while ids:
-            room = BATCH_BYTES // (position_bytes * len(tokens[ids[-1]]))
-            rows, ids = ids[: max(1, min(ROWS, room))], ids[max(1, min(ROWS, room)) :]
-            yield pad(f"{name}/{rows[0]}", name, [tokens[row] for row in rows], "left", tuple(rows))
+        for number, rows in enumerate(_rows_that_fit(ids, tokens, position_bytes)):
+            yield pad(f"{name}/{number}", name, [tokens[row] for row in rows], "left", rows)
+
+
+def _rows_that_fit(
+    ids: list[str], tokens: Mapping[str, tuple[int, ...]], position_bytes: int
+) -> Iterator[tuple[str, ...]]:
+    """`ids`, shortest first, in groups whose outputs stay within `BATCH_BYTES`."""
+    while ids:
+        room = BATCH_BYTES // (position_bytes * len(tokens[ids[-1]]))
+        size = max(1, min(ROWS, room))
+        yield tuple(ids[:size])
+        ids = ids[size:]
 
 
 def probe_batches(vocab: int, positions: int, seed: int) -> Iterator[Batch]:
