@@ -226,9 +226,7 @@ def test_the_digest_knows_shapes_order_and_number_of_batches() -> None:
     assert len({digest(x) for x in ([a], [square], [a, b], [b, a], [])}) == 5
 
 
-@pytest.mark.parametrize(
-    ("positions", "rows"), [(512, 0), (513, 1), (2048, 3), (1 << 17, 4)]
-)
+@pytest.mark.parametrize(("positions", "rows"), [(512, 0), (513, 1), (2048, 3), (1 << 17, 4)])
 def test_positions_past_the_longest_probe_are_covered_or_sampled(positions: int, rows: int) -> None:
     batches = list(position_batches(101, positions, 0))
     assert len(batches) == rows
