@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -77,14 +76,12 @@ class Tokenizer:
         path = folder / TOKENIZER
         if not path.is_file():
             raise StimuliError(f"{folder}: has no {TOKENIZER}; give input_ids in place of prompt")
-        # The library raises bare Exception for any malformed file.
         try:
             self._fast = Fast.from_file(str(path))
-        except Exception as error:
+        except Exception as error:  # what the library raises for any malformed file
             raise StimuliError(f"{path}: not a tokenizer: {quote(error)}") from None
         self._fast.no_padding()
         self._fast.no_truncation()
-        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._fast.encode(text).ids)
