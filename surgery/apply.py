@@ -30,7 +30,7 @@ from surgery.checkpoint import (
     TensorInfo,
 )
 from surgery.checkpoint.delta import AddedRecord, DeltaRecord, DeltaWriter, RegionRecord
-from surgery.checkpoint.dtypes import numpy_dtype
+from surgery.checkpoint.dtypes import bits, compute_dtype, numpy_dtype
 from surgery.checkpoint.files import read_small, sha256_file
 from surgery.checkpoint.layout import extended_index
 from surgery.checkpoint.receipt import EDIT_PREDICATE, seal, statement
@@ -127,7 +127,7 @@ def _write_shards(
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         jobs = {
             file: pool.submit(_write_shard, plan, editor, folder, file, records, meter)
-            for file in plan.headers
+            for file in _longest_first(plan)
         }
         try:
             copied = {file: job.result() for file, job in jobs.items()}
@@ -136,6 +136,12 @@ def _write_shards(
             pool.shutdown(cancel_futures=True)
             raise
     return _Shards(copied, [records[tensor].to_json() for tensor in plan.edited])
+
+
+def _longest_first(plan: Plan) -> list[str]:
+    """The shards, those with edits before the others: they are hashed twice from there on."""
+    edited = {plan.tensors[tensor].file for tensor in plan.edited}
+    return sorted(plan.headers, key=lambda file: file not in edited)
 
 
 @dataclass(frozen=True)
@@ -228,17 +234,24 @@ class _TensorRecord:
         if self._delta is not None:
             self._delta.add(rows, old, new)
         before, after = old.tobytes(), new.tobytes()
-        with np.errstate(invalid="ignore"):  # a signalling NaN says so
-            self._nonfinite += int(np.count_nonzero(~np.isfinite(old)))
         self._before.update(before)
         self._after.update(after)
-        if before != after:
-            with np.errstate(invalid="ignore", over="ignore"):
-                change = new.astype(np.float64) - old.astype(np.float64)
-                self._squares += float(np.square(change).sum())
-            self._largest = float(np.max([self._largest, np.abs(change).max()]))
-            self._changed += int(np.count_nonzero(change))
+        self._count(old, new)
         return after
+
+    def _count(self, old: NDArray[Any], new: NDArray[Any]) -> None:
+        dtype = compute_dtype(self._plan.tensors[self._tensor].dtype)
+        with np.errstate(invalid="ignore", over="ignore"):  # a signalling NaN says so
+            before = old.astype(dtype)
+            change = new.astype(dtype) - before
+            nonfinite = before.size - int(np.count_nonzero(np.isfinite(before)))
+            if nonfinite:
+                # What was kept did not change, though NaN less NaN is no zero.
+                change[bits(old) == bits(new)] = 0
+            self._squares += float(np.square(change, dtype=np.float64).sum())
+            self._largest = float(np.max(np.abs(change), initial=self._largest))
+        self._nonfinite += nonfinite
+        self._changed += int(np.count_nonzero(change))
 
     def to_json(self) -> dict[str, Any]:
         """Norms are text: JSON has no NaN, and a source may hold some."""

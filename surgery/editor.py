@@ -22,8 +22,9 @@ from surgery.edits.engine import round_once
 from surgery.edits.interface import Array
 from surgery.plan import Plan, Step
 
-SLAB_BYTES = 4 << 20
-"""Stored bytes of one slab; computing it takes about eight times as much."""
+SLAB_BYTES = 1 << 20
+"""Stored bytes of one slab; computing it takes about eight times as much, which shall fit the
+processor's cache."""
 
 
 @dataclass

@@ -24,8 +24,8 @@ from surgery.checkpoint.dtypes import BITS, numpy_dtype
 from surgery.checkpoint.files import open_regular, read_exactly
 from surgery.checkpoint.header import Header, encode_header, read_header
 from surgery.checkpoint.layout import NewTensor
+from surgery.checkpoint.sink import write_at
 from surgery.checkpoint.staging import lock
-from surgery.checkpoint.stream import write_at
 from surgery.errors import CheckpointError, OutputError, quote
 
 KEY = "surgery_delta"

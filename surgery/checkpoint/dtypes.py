@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from surgery.errors import CheckpointError, quote
 
@@ -54,3 +55,8 @@ def compute_dtype(name: str) -> np.dtype[Any]:
             f"dtype {quote(name)} cannot be edited; editable: {', '.join(EDITABLE)}"
         )
     return np.dtype(np.float64 if name == "F64" else np.float32)
+
+
+def bits(values: NDArray[Any]) -> NDArray[Any]:
+    """The same memory as unsigned integers: what two NaNs, or the two zeros, differ in."""
+    return values.view(f"u{values.dtype.itemsize}")

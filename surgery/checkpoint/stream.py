@@ -6,21 +6,19 @@ written; the source is still read once, for its digest.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint.files import CHUNK, open_regular, read_exactly, read_into
+from surgery.checkpoint.files import open_regular, read_exactly, read_into
+from surgery.checkpoint.sink import Bytes, Clone, Sink, Target
 
-FICLONE = 0x40049409
-"""ioctl_ficlone(2)."""
-
-
-Bytes = bytes | bytearray | memoryview
+PART = 256 << 10
+"""Bytes read and hashed at a time: few enough to stay in a core's own cache in between."""
 
 
 @dataclass(frozen=True)
@@ -40,25 +38,6 @@ class Copied:
     target: str
 
 
-class _Twin:
-    """Two digests that are one computation until the streams first differ."""
-
-    def __init__(self) -> None:
-        self._source: Any = hashlib.sha256()
-        self._target: Any = None
-
-    def update(self, old: Bytes, new: Bytes) -> None:
-        if self._target is None and old is not new and old != new:
-            self._target = self._source.copy()
-        if self._target is not None:
-            self._target.update(new)
-        self._source.update(old)
-
-    def digests(self) -> Copied:
-        target = self._source if self._target is None else self._target
-        return Copied(self._source.hexdigest(), target.hexdigest())
-
-
 def copy(
     source: Path,
     target: Path,
@@ -70,76 +49,98 @@ def copy(
     tail: Iterable[bytes] = (),
     advance: Callable[[int], None] | None = None,
 ) -> Copied:
-    """Copies `source` to the new file `target`.
+    """Copies `source` to the new file `target`, synced.
 
     `head` replaces the first `skip` bytes, `patches` (in order, apart from each other) replace
     bytes of the same length, what lies from `stop` on is read but not written, `tail` is
     appended; `advance` is told of every so many bytes done.
     Raises `CheckpointError` where the source is cut short while it is read.
     """
-    twin = _Twin()
-    with open_regular(source) as old, target.open("xb", buffering=0) as output:
-        new, size = output.fileno(), os.fstat(old).st_size
+    with open_regular(source) as descriptor:
+        size = os.fstat(descriptor).st_size
         end = size if stop is None else stop
-        cloned = head is None and end == size and _clone(old, new)
-        if head is not None:
-            twin.update(read_exactly(old, 0, skip, str(source)), head)
-            write_at(new, 0, head)
-        shift = 0 if head is None else len(head) - skip
-        for begin, before, after in _pieces(old, skip, end, patches, str(source)):
-            twin.update(before, after)
-            if not cloned or before is not after:
-                write_at(new, begin + shift, after)
-            if advance is not None:
-                advance(len(after))
-        for _, left, _ in _pieces(old, end, size, (), str(source)):
-            twin.update(left, b"")
-        place = end + shift
-        for extra in tail:
-            twin.update(b"", extra)
-            write_at(new, place, extra)
-            place += len(extra)
-    return twin.digests()
+        whole = head is None and end == size
+        with _open(target, descriptor, whole) as output:
+            copying = _Pass(descriptor, str(source), output, advance)
+            if head is not None:
+                copying.replace(0, skip, lambda _: head)
+            begin = skip
+            for patch in patches:
+                copying.keep(begin, patch.begin)
+                copying.replace(patch.begin, patch.end, patch.make)
+                begin = patch.end
+            copying.keep(begin, end)
+            copying.drop(end, size)
+            for extra in tail:
+                copying.append(extra)
+    return copying.digests()
 
 
-def _pieces(
-    descriptor: int, begin: int, size: int, patches: Sequence[Patch], file: str
-) -> Iterator[tuple[int, Bytes, Bytes]]:
-    """(offset, old bytes, new bytes) over the whole source; the same object where unpatched.
+def _open(target: Path, source: int, whole: bool) -> Target:
+    """A clone of the source where all of it stays and the file system can share its blocks."""
+    if whole:
+        with suppress(OSError):
+            return Clone(target, source)
+    return Sink(target)
 
-    Unpatched bytes come in one buffer that is used again and again: they are gone with the next
-    piece, and no fresh memory is touched for them.
+
+class _Pass:
+    """One pass over a source, from front to back: every byte hashed on its way to the target.
+
+    The two digests are one computation until the streams first differ.
     """
-    buffer = memoryview(bytearray(min(CHUNK, size)))
-    for patch in patches:
-        yield from _plain(descriptor, begin, patch.begin, buffer, file)
-        old = read_exactly(descriptor, patch.begin, patch.end - patch.begin, file)
-        yield patch.begin, old, patch.make(old)
-        begin = patch.end
-    yield from _plain(descriptor, begin, size, buffer, file)
 
+    def __init__(
+        self, source: int, file: str, target: Target, advance: Callable[[int], None] | None
+    ) -> None:
+        self._source, self._file, self._target, self._advance = source, file, target, advance
+        self._read: Any = hashlib.sha256()
+        self._written: Any = None
 
-def _plain(
-    descriptor: int, begin: int, end: int, buffer: memoryview, file: str
-) -> Iterator[tuple[int, memoryview, memoryview]]:
-    for offset in range(begin, end, CHUNK):
-        part = buffer[: min(CHUNK, end - offset)]
-        read_into(descriptor, offset, part, file)
-        yield offset, part, part
+    def keep(self, begin: int, end: int) -> None:
+        """Bytes `begin` to `end` stay; they are read where they will be written from."""
+        for part in self._parts(begin, end):
+            self._hash(part, part)
+            self._target.keep(len(part))
+            self._tell(len(part))
 
+    def replace(self, begin: int, end: int, make: Callable[[bytearray], bytes]) -> None:
+        """Bytes `begin` to `end` become what `make` makes of them."""
+        old = read_exactly(self._source, begin, end - begin, self._file)
+        new = make(old)
+        self._hash(old, new)
+        self._target.put(new)
+        self._tell(len(new))
 
-def _clone(source: int, target: int) -> bool:
-    """Shares all blocks of `source` with `target`; False where the file system cannot."""
-    try:
-        fcntl.ioctl(target, FICLONE, source)
-    except OSError:
-        return False
-    return True
+    def drop(self, begin: int, end: int) -> None:
+        """Bytes `begin` to `end` are read and not written."""
+        for part in self._parts(begin, end):
+            self._hash(part, b"")
 
+    def append(self, data: bytes) -> None:
+        """`data` follows, which the source has not."""
+        self._hash(b"", data)
+        self._target.put(data)
 
-def write_at(descriptor: int, offset: int, data: Bytes) -> None:
-    """Writes all of `data` at `offset`."""
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
+    def digests(self) -> Copied:
+        """Of all that was read and of all that was written so far."""
+        written = self._read if self._written is None else self._written
+        return Copied(self._read.hexdigest(), written.hexdigest())
+
+    def _parts(self, begin: int, end: int) -> Iterator[memoryview]:
+        while begin < end:
+            part = self._target.room()[: min(PART, end - begin)]
+            read_into(self._source, begin, part, self._file)
+            yield part
+            begin += len(part)
+
+    def _hash(self, old: Bytes, new: Bytes) -> None:
+        if self._written is None and old is not new and old != new:
+            self._written = self._read.copy()
+        if self._written is not None:
+            self._written.update(new)
+        self._read.update(old)
+
+    def _tell(self, count: int) -> None:
+        if self._advance is not None:
+            self._advance(count)

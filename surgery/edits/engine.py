@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.addresses import Region
+from surgery.checkpoint.dtypes import bits
 from surgery.edits.interface import Array
 from surgery.errors import EditError, quote
 
@@ -27,17 +28,20 @@ def round_once(rows: Region, stored: NDArray[Any], edited: Array) -> NDArray[Any
     with np.errstate(over="ignore", invalid="ignore"):
         before = stored.astype(edited.dtype)
         rounded = edited.astype(stored.dtype)
-    # -0.0 == +0.0, but writing one for the other is a change of a byte.
-    same = (before == edited) & (np.signbit(before) == np.signbit(edited))
-    same |= np.isnan(before) & np.isnan(edited)
+    # By their bits: -0.0 == +0.0, but writing one for the other is a change of a byte.
+    same = (bits(before) == bits(edited)) | (np.isnan(before) & np.isnan(edited))
     _refuse_non_finite(rows, before, rounded)
-    return np.where(same, stored, rounded)
+    np.copyto(rounded, stored, where=same)
+    return rounded
 
 
 def _refuse_non_finite(rows: Region, before: Array, after: NDArray[Any]) -> None:
     with np.errstate(invalid="ignore"):
         numbers = after.astype(before.dtype)
-    made = np.isfinite(before) & ~np.isfinite(numbers) | np.isinf(before) & np.isnan(numbers)
+    finite = np.isfinite(numbers)
+    if finite.all():
+        return
+    made = np.isfinite(before) & ~finite | np.isinf(before) & np.isnan(numbers)
     if made.any():
         index = tuple(int(i) for i in np.argwhere(made)[0])
         place = [start + i for start, i in zip(rows.start, index, strict=True)]

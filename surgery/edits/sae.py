@@ -290,7 +290,8 @@ def project(
         removed = (slab.astype(np.float64) @ q) @ (strength * q.T)
     else:
         removed = (strength * q[where.slices[0]]) @ along_rows[(slice(None), *where.slices[1:])]
-    return np.asarray(slab - removed, slab.dtype)
+    np.subtract(slab, removed, out=removed)
+    return removed.astype(slab.dtype)
 
 
 def _along_rows(tensor: str, q: Vectors, axis: int, reader: Reader) -> Vectors | None:
