@@ -10,8 +10,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from surgery.apply import Applied, Progress
+from surgery.apply import Applied
 from surgery.arch.inspection import Inspection
+from surgery.checkpoint.parallel import Progress
 from surgery.compare import Comparison
 from surgery.errors import InputError
 from surgery.gate import Verdict
@@ -61,41 +62,62 @@ def apply(
     model: AnyPath,
     output: AnyPath,
     *,
-    delta: AnyPath | None = None,
     allow_outside: bool = False,
+    delta: AnyPath | None = None,
+    link: bool = False,
+    trust_receipt: bool = False,
     progress: Progress | None = None,
 ) -> Applied | Restored:
     """Writes the edited checkpoint and its receipt to the new folder `output`.
 
     `recipe` may be a delta (a `.safetensors` file) that was made from this base: then the same
-    edited checkpoint is written again.
+    edited checkpoint is written again, and of the options only `progress` has a meaning. With
+    `link`, shards without an edit become hard links to the base's, which ONNX tools refuse as
+    external data. With `trust_receipt`, digests of the base are taken from its own receipt.
     """
     from surgery.apply import apply as run
     from surgery.revert import apply_delta
 
     source = Path(recipe)
     if source.suffix == ".safetensors":
-        if delta is not None:
-            raise InputError(f"{source}: is a delta already; --delta goes with a recipe")
-        return apply_delta(Path(model), source, Path(output))
-    options: dict[str, Any] = {"allow_outside": allow_outside, "progress": progress}
-    return run(source, Path(model), Path(output), delta=_path(delta), **options)
+        options = {"delta": delta, "link": link, "trust_receipt": trust_receipt}
+        for name in (name for name, given in options.items() if given):
+            raise InputError(
+                f"{source}: is a delta already; --{name.replace('_', '-')} goes with a recipe"
+            )
+        return apply_delta(Path(model), source, Path(output), progress=progress)
+    return run(
+        source,
+        Path(model),
+        Path(output),
+        allow_outside=allow_outside,
+        delta=_path(delta),
+        link=link,
+        trust_receipt=trust_receipt,
+        progress=progress,
+    )
 
 
-def revert(edited: AnyPath, delta: AnyPath, output: AnyPath) -> Restored:
+def revert(
+    edited: AnyPath, delta: AnyPath, output: AnyPath, *, progress: Progress | None = None
+) -> Restored:
     """Writes the base of `edited` again, every file to the byte, to the new folder `output`."""
     from surgery.revert import revert as run
 
-    return run(Path(edited), Path(delta), Path(output))
+    return run(Path(edited), Path(delta), Path(output), progress=progress)
 
 
 def verify(
-    edited: AnyPath, *, base: AnyPath | None = None, recipe: AnyPath | None = None
+    edited: AnyPath,
+    *,
+    base: AnyPath | None = None,
+    recipe: AnyPath | None = None,
+    progress: Progress | None = None,
 ) -> Verification:
     """Re-checks every digest; with `base`, every edited region and every other byte too."""
     from surgery.verify import verify as run
 
-    return run(Path(edited), _path(base), _path(recipe))
+    return run(Path(edited), _path(base), _path(recipe), progress=progress)
 
 
 def diff_weights(a: AnyPath, b: AnyPath) -> Comparison:

@@ -120,8 +120,14 @@ def plan(recipe: Path, model: Path, allow_outside: bool, json: bool) -> None:
 @model_option
 @output_option
 @click.option("--delta", type=PATH, metavar="FILE", help="Also write what leads back to the base.")
+@click.option("--link", is_flag=True, help="Hard-link shards that no edit touches.")
+@click.option(
+    "--trust-receipt",
+    is_flag=True,
+    help="Take digests of the base from its own receipt, where its files are as that says.",
+)
 @outside_option
-def apply(recipe: Path, model: Path, output: Path, delta: Path | None, allow_outside: bool) -> None:
+def apply(recipe: Path, model: Path, output: Path, **options: Any) -> None:
     """Write the edited checkpoint and its receipt, from a recipe or a delta.
 
     Example: surgery apply recipe.yaml --model model/ --output edited/
@@ -132,13 +138,13 @@ def apply(recipe: Path, model: Path, output: Path, delta: Path | None, allow_out
     from surgery.revert import Restored
 
     with bar("editing") as progress:
-        done = run(
-            recipe, model, output, delta=delta, allow_outside=allow_outside, progress=progress
-        )
+        done = run(recipe, model, output, **options, progress=progress)
     if isinstance(done, Restored):
         click.echo(f"{output}: {count(done.files, 'file')} as the delta says")
     else:
         click.echo(f"{output}: {count(len(done.edited), 'tensor')} edited, see {RECEIPT} in it")
+        for note in done.notes:
+            click.echo(note, err=True)
         for tensor, found in done.nonfinite.items():
             click.echo(f"kept {count(found, 'non-finite number')} of {tensor}", err=True)
 
@@ -153,9 +159,10 @@ def revert(edited: Path, delta: Path, output: Path) -> None:
     Example: surgery revert edited/ --delta edited.safetensors --output base/
     """
     from surgery.api import revert as run
-    from surgery.console import count
+    from surgery.console import bar, count
 
-    done = run(edited, delta, output)
+    with bar("restoring") as progress:
+        done = run(edited, delta, output, progress=progress)
     click.echo(f"{output}: {count(done.files, 'file')} restored to the byte")
     for file in done.lost:
         click.echo(f"not restored, no delta carries other weight formats: {file}", err=True)
@@ -174,8 +181,10 @@ def verify(edited: Path, base: Path | None, recipe: Path | None, json: bool) -> 
     from dataclasses import asdict
 
     from surgery.api import verify as run
+    from surgery.console import bar
 
-    found = run(edited, base=base, recipe=recipe)
+    with bar("checking") as progress:
+        found = run(edited, base=base, recipe=recipe, progress=progress)
     if json:
         echo_json({"ok": found.ok, **asdict(found)})
     else:

@@ -8,7 +8,7 @@ dtype and rounded once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from surgery.addresses import Region
 from surgery.checkpoint import TensorInfo
+from surgery.checkpoint.delta import Factors
 from surgery.checkpoint.dtypes import compute_dtype, numpy_dtype
 from surgery.edits.engine import round_once
 from surgery.edits.interface import Array
@@ -25,6 +26,9 @@ from surgery.plan import Plan, Step
 SLAB_BYTES = 1 << 20
 """Stored bytes of one slab; computing it takes about eight times as much, which shall fit the
 processor's cache."""
+
+Observer = Callable[[Region, Region, Factors | None], None]
+"""Called with a region of the plan, the part of it in this band and the edit's factors there."""
 
 
 @dataclass
@@ -65,15 +69,18 @@ class Editor:
             return np.zeros(rows.shape, numpy_dtype(new.dtype))
         return base.read_rows(new.source, rows)
 
-    def edited(self, rows: Region, stored: NDArray[Any]) -> NDArray[Any]:
+    def edited(
+        self, rows: Region, stored: NDArray[Any], observe: Observer | None = None
+    ) -> NDArray[Any]:
         """`stored`, the rows `rows` of a tensor, after every edit, rounded once.
 
-        Raises `EditError` where an edit makes a number that is none.
+        `observe` is told the low-rank factors of each edit of the band. Raises `EditError` where an
+        edit makes a number that is none.
         """
         steps = self._touching(rows)
         if not steps:
             return stored
-        return round_once(rows, stored, self._run(stored, steps, rows))
+        return round_once(rows, stored, self._run(stored, steps, rows, observe))
 
     def unrounded(self, tensor: str) -> Array:
         """The whole tensor after every edit, in compute dtype: what an oracle is compared with."""
@@ -91,15 +98,24 @@ class Editor:
         steps = self.plan.steps_of(rows.tensor)
         return [step for step in steps if step.target.region.overlaps(rows)]
 
-    def _run(self, stored: NDArray[Any], steps: list[Step], rows: Region) -> Array:
+    def _run(
+        self,
+        stored: NDArray[Any],
+        steps: list[Step],
+        rows: Region,
+        observe: Observer | None = None,
+    ) -> Array:
         dtype = compute_dtype(self.plan.tensors[rows.tensor].dtype)
         with np.errstate(over="ignore", invalid="ignore"):
             numbers = stored.astype(dtype)
             for step in steps:
                 region = step.target.region.intersection(rows)
                 window = region.within(rows)
-                edit = self.plan.edits[step.edit]
-                numbers[window] = edit.transform(numbers[window], region, self.state(step.edit))
+                edit, state = self.plan.edits[step.edit], self.state(step.edit)
+                if observe is not None:
+                    factors = edit.factors(numbers[window], region, state)
+                    observe(step.target.region, region, factors)
+                numbers[window] = edit.transform(numbers[window], region, state)
         return numbers
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from surgery.apply import apply, environment
+from surgery.apply import apply
 from surgery.arch import identify
 from surgery.checkpoint import Checkpoint, Staging
 from surgery.checkpoint.files import sha256_file
@@ -19,6 +19,7 @@ from surgery.export import CACHED, Task, choose_task, export_in_child, onnxfile
 from surgery.gate import judge
 from surgery.localize import stale_tensors
 from surgery.policy import BUILT_IN, Policy
+from surgery.record import environment
 from surgery.report import Report, render
 from surgery.runtimes.graph import has_cache
 from surgery.stimuli.prompts import load_stimuli

@@ -75,12 +75,17 @@ class Plan:
         return step.target.region.size * numpy_dtype(self.tensors[step.tensor].dtype).itemsize
 
     @property
+    def file_bytes(self) -> dict[str, int]:
+        """Bytes of each edited weight file."""
+        return {
+            file: header.data_start + sum(info.nbytes for info in header.tensors.values())
+            for file, header in self.headers.items()
+        }
+
+    @property
     def disk_bytes(self) -> int:
         """Bytes the edited weight files take."""
-        return sum(
-            header.data_start + sum(info.nbytes for info in header.tensors.values())
-            for header in self.headers.values()
-        )
+        return sum(self.file_bytes.values())
 
     @property
     def peak_bytes(self) -> int:

@@ -7,6 +7,7 @@ leaves nothing behind.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from surgery.checkpoint import Checkpoint, Header, Staging, TensorInfo
 from surgery.checkpoint.delta import Delta, Side
 from surgery.checkpoint.dtypes import numpy_dtype
 from surgery.checkpoint.header import parse_header
+from surgery.checkpoint.parallel import Advance, Progress, in_parallel
 from surgery.checkpoint.stream import Copied, Patch, copy
 from surgery.editor import bands, row_bytes
 from surgery.errors import CheckpointError, quote
@@ -37,30 +39,40 @@ class Restored:
     lost: tuple[str, ...]
 
 
-def revert(edited: Path, delta: Path, output: Path) -> Restored:
+def revert(
+    edited: Path, delta: Path, output: Path, *, progress: Progress | None = None
+) -> Restored:
     """Writes to `output` the base that `edited` was made from, every file to the byte.
 
     Raises `CheckpointError` where `delta` does not belong to `edited`, or where the result is
     not the base it names.
     """
-    return _restore(edited, Delta.open(delta), output, "before")
+    return _restore(edited, Delta.open(delta), output, "before", progress)
 
 
-def apply_delta(base: Path, delta: Path, output: Path) -> Restored:
+def apply_delta(
+    base: Path, delta: Path, output: Path, *, progress: Progress | None = None
+) -> Restored:
     """Writes to `output` the edited checkpoint that `delta` was made with, from its base."""
-    return _restore(base, Delta.open(delta), output, "after")
+    return _restore(base, Delta.open(delta), output, "after", progress)
 
 
-def _restore(source: Path, delta: Delta, output: Path, side: Side) -> Restored:
+def _restore(
+    source: Path, delta: Delta, output: Path, side: Side, progress: Progress | None
+) -> Restored:
     record = delta.record
     was, becomes = record.edited, record.base
     if side == "after":
         was, becomes = becomes, was
     checkpoint = Checkpoint.open(source)
     with Staging(output, (source,)) as staging:
-        staging.require(sum(h.data_start for h in checkpoint.headers.values()))
-        for file in checkpoint.headers:
-            copied = _restore_shard(checkpoint, delta, file, staging.place(file), side)
+        sizes = {file: checkpoint.path(file).stat().st_size for file in checkpoint.headers}
+        staging.require(sum(sizes.values()))
+        jobs = {
+            file: partial(_restore_shard, checkpoint, delta, file, staging.path / file, side)
+            for file in checkpoint.headers
+        }
+        for file, copied in in_parallel(jobs, sum(sizes.values()), progress).items():
             _check(source, file, copied.source, was)
             _check(output, file, copied.target, becomes)
         changed = dict(_changed_files(delta, side))
@@ -88,7 +100,7 @@ def _check(folder: Path, file: str, digest: str, expected: dict[str, str]) -> No
 
 
 def _restore_shard(
-    checkpoint: Checkpoint, delta: Delta, file: str, target: Path, side: Side
+    checkpoint: Checkpoint, delta: Delta, file: str, target: Path, side: Side, advance: Advance
 ) -> Copied:
     old = checkpoint.headers[file]
     head, new = _head(delta, file, old, side)
@@ -108,6 +120,7 @@ def _restore_shard(
         patches=patches,
         stop=end,
         tail=(data for info in appended for data in _appended(checkpoint, delta, info, side)),
+        advance=advance,
     )
 
 
@@ -123,8 +136,6 @@ def _head(delta: Delta, file: str, old: Header, side: Side) -> tuple[bytes | Non
 
 
 def _data_size(raw: bytes, file: str) -> int:
-    import json
-
     entries = json.loads(raw)
     entries.pop("__metadata__", None)
     try:

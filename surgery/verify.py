@@ -8,8 +8,9 @@ unit in the last place of the stored dtype) and every other byte the base's own.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from surgery.addresses import Region
 from surgery.apply import replacements
 from surgery.checkpoint import CONFIG, EXPORT_RECEIPT, RECEIPT, Checkpoint
+from surgery.checkpoint.dtypes import bits
 from surgery.checkpoint.files import CHUNK, list_files, resolve_inside, sha256_file
-from surgery.checkpoint.layout import tensors_of
+from surgery.checkpoint.parallel import Advance, Progress, in_parallel
 from surgery.checkpoint.receipt import (
     EDIT_PREDICATE,
     EXPORT_PREDICATE,
@@ -50,7 +52,13 @@ class Verification:
         return not self.findings
 
 
-def verify(edited: Path, base: Path | None = None, recipe: Path | None = None) -> Verification:
+def verify(
+    edited: Path,
+    base: Path | None = None,
+    recipe: Path | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Verification:
     """Re-checks folder `edited` against its receipt and, where given, against its base.
 
     `recipe` is needed where the recipe reads files; else the receipt's own text serves. Raises
@@ -66,10 +74,11 @@ def verify(edited: Path, base: Path | None = None, recipe: Path | None = None) -
         expected = receipt.subjects | dict(_exported(edited))
     except MalformedReceipt as error:
         return Verification(0, 0, (Finding("verify", "malformed receipt", RECEIPT, str(error)),))
-    findings = list(_check_files(edited, expected))
+    findings = list(_check_files(edited, expected, progress))
     tensors = 0
     if base is not None:
-        tensors, wrong = _check_against_base(edited, base, recipe, receipt)
+        sound = set(expected) - {finding.site for finding in findings}
+        tensors, wrong = _check_against_base(edited, base, recipe, receipt, sound, progress)
         findings += wrong
     return Verification(len(expected), tensors, tuple(findings))
 
@@ -115,7 +124,9 @@ def _exported(edited: Path) -> dict[str, str]:
     return subjects(open_receipt(path, EXPORT_PREDICATE), path) if path.exists() else {}
 
 
-def _check_files(edited: Path, expected: dict[str, str]) -> Iterator[Finding]:
+def _check_files(
+    edited: Path, expected: dict[str, str], progress: Progress | None
+) -> Iterator[Finding]:
     try:
         found = set(list_files(edited, hidden=True)) - _receipts(edited)
     except CheckpointError as error:
@@ -123,18 +134,34 @@ def _check_files(edited: Path, expected: dict[str, str]) -> Iterator[Finding]:
         return
     for name in sorted(found - set(expected)):
         yield Finding("verify", "extra file", name, f"{quote(name)}: is named by no receipt")
+    hashed = _digests(edited, sorted(found & set(expected)), progress)
     for name, digest in sorted(expected.items()):
-        if name not in found:
+        actual = hashed.get(name)
+        if actual is None:
             yield Finding("verify", "missing file", name, f"{quote(name)}: is missing")
-            continue
-        try:
-            actual = sha256_file(resolve_inside(edited, name))
-        except CheckpointError as error:
-            yield Finding("verify", "unreadable file", name, str(error))
-            continue
-        if actual != digest:
+        elif isinstance(actual, CheckpointError):
+            yield Finding("verify", "unreadable file", name, str(actual))
+        elif actual != digest:
             message = f"{quote(name)}: SHA-256 is {actual}, the receipt says {quote(digest)}"
             yield Finding("verify", "changed file", name, message)
+
+
+def _digests(
+    folder: Path, names: Sequence[str], progress: Progress | None
+) -> dict[str, str | CheckpointError]:
+    """SHA-256 of files of a folder, or why one cannot be read; the largest are begun first."""
+
+    def digest(name: str, advance: Advance) -> str | CheckpointError:
+        try:
+            return sha256_file(resolve_inside(folder, name), advance)
+        except CheckpointError as error:
+            return error
+
+    sizes = {name: (folder / name).lstat().st_size for name in names}
+    jobs = {
+        name: partial(digest, name) for name in sorted(names, key=sizes.__getitem__, reverse=True)
+    }
+    return in_parallel(jobs, sum(sizes.values()), progress)
 
 
 def _receipts(edited: Path) -> set[str]:
@@ -143,10 +170,16 @@ def _receipts(edited: Path) -> set[str]:
 
 
 def _check_against_base(
-    edited: Path, base: Path, recipe: Path | None, receipt: _Receipt
+    edited: Path,
+    base: Path,
+    recipe: Path | None,
+    receipt: _Receipt,
+    sound: set[str],
+    progress: Progress | None,
 ) -> tuple[int, list[Finding]]:
+    """How many tensors were compared, and what is wrong; `sound` files are as the receipt says."""
     original = Checkpoint.open(base)
-    findings = list(_check_base_files(original, receipt.base.files))
+    findings = list(_check_base_files(original, receipt.base.files, progress))
     if findings:
         return 0, findings
     plan = make_plan(_recipe(recipe, receipt, edited), original)
@@ -160,10 +193,29 @@ def _check_against_base(
     if {f: h.raw for f, h in result.headers.items()} != {f: h.raw for f, h in plan.headers.items()}:
         message = "its headers are not what the recipe makes of the base's"
         return 0, [Finding("verify", "changed header", str(edited), message)]
-    editor = Editor(plan)
-    names = tensors_of(plan.headers)
-    wrong = [f for name in names for f in _check_tensor(editor, result, name)]
-    return len(names), [*_check_copies(plan, receipt), *wrong]
+    # A shard that is the base's by both digests needs no second look, unless it should not be.
+    claimed = receipt.subjects
+    same = {file for file in sound & {*claimed} if claimed[file] == receipt.base.files.get(file)}
+    same -= {plan.tensors[name].file for name in plan.edited}
+    compared = _check_shards(Editor(plan), result, set(plan.headers) - same, progress)
+    return len(plan.tensors), [*_check_copies(plan, receipt), *compared]
+
+
+def _check_shards(
+    editor: Editor, result: Checkpoint, files: set[str], progress: Progress | None
+) -> list[Finding]:
+    editor.prepare_all()
+
+    def check(file: str, advance: Advance) -> list[Finding]:
+        found: list[Finding] = []
+        for name, info in editor.plan.headers[file].tensors.items():
+            found += _check_tensor(editor, result, name)
+            advance(info.nbytes)
+        return found
+
+    total = sum(editor.plan.file_bytes[file] for file in files)
+    jobs = {file: partial(check, file) for file in sorted(files)}
+    return [finding for found in in_parallel(jobs, total, progress).values() for finding in found]
 
 
 def _check_copies(plan: Plan, receipt: _Receipt) -> Iterator[Finding]:
@@ -180,9 +232,13 @@ def _check_copies(plan: Plan, receipt: _Receipt) -> Iterator[Finding]:
             yield Finding("verify", "changed file", file, message)
 
 
-def _check_base_files(base: Checkpoint, digests: dict[str, str]) -> Iterator[Finding]:
-    for file in (CONFIG, *base.weight_files):
-        if sha256_file(base.path(file)) != digests.get(file):
+def _check_base_files(
+    base: Checkpoint, digests: dict[str, str], progress: Progress | None
+) -> Iterator[Finding]:
+    for file, digest in _digests(base.root, (CONFIG, *base.weight_files), progress).items():
+        if isinstance(digest, CheckpointError):
+            raise digest
+        if digest != digests.get(file):
             message = f"{base.root / file}: is not the base this checkpoint was made from"
             yield Finding("verify", "another base", file, message)
 
@@ -249,7 +305,7 @@ def _inside(rows: Region, regions: list[Region]) -> NDArray[np.bool_]:
 
 
 def _same_bits(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.bool_]:
-    return np.asarray(a.view(_bits(a)) == b.view(_bits(b)))
+    return np.asarray(bits(a) == bits(b))
 
 
 def _near(found: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.bool_]:
@@ -258,10 +314,6 @@ def _near(found: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.bool_]:
         near = (ulp_distance(found, expected) <= 1) & np.isfinite(found) & np.isfinite(expected)
         near |= (found == expected) | (np.isnan(found) & np.isnan(expected))
     return np.asarray(near)
-
-
-def _bits(values: NDArray[Any]) -> np.dtype[Any]:
-    return np.dtype(f"i{values.dtype.itemsize}")
 
 
 def ulp_distance(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.uint64]:
@@ -275,8 +327,7 @@ def ulp_distance(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.uint64]:
 
 
 def _line(values: NDArray[Any]) -> NDArray[np.uint64]:
-    bits = 8 * values.dtype.itemsize
-    raw = np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}").astype(np.uint64)
-    sign = np.uint64(1 << (bits - 1))
+    raw = bits(np.ascontiguousarray(values)).astype(np.uint64)
+    sign = np.uint64(1 << (8 * values.dtype.itemsize - 1))
     magnitude = raw & (sign - np.uint64(1))
     return np.where(raw >= sign, sign - magnitude, sign + magnitude)

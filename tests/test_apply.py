@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from recipes import (
     apply_edits,
     make_sae,
     sae_edit,
+    snapshot,
     stored,
     weight_files,
     write_recipe,
@@ -25,7 +28,8 @@ from surgery.apply import apply
 from surgery.checkpoint import RECEIPT, SINGLE, Checkpoint
 from surgery.checkpoint.files import sha256_file
 from surgery.checkpoint.receipt import EDIT_PREDICATE, open_receipt, subjects
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, OutputError
+from surgery.plan import plan
 from surgery.verify import verify
 
 
@@ -101,10 +105,111 @@ def test_each_edited_tensor_is_recorded(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_same_apply_twice_writes_the_same_bytes(base: Path, tmp_path: Path) -> None:
+    """But for what the receipt says of inodes and times, which is of this machine."""
     recipe = write_recipe(tmp_path, [HEADS, NEURONS])
-    outputs = [apply(recipe, base, tmp_path / name).output for name in ("one", "two")]
-    for path in sorted(outputs[0].iterdir()):
-        assert path.is_dir() or path.read_bytes() == (outputs[1] / path.name).read_bytes()
+    one, two = (apply(recipe, base, tmp_path / name) for name in ("one", "two"))
+    for path in sorted(one.output.iterdir()):
+        if path.is_file() and path.name != RECEIPT:
+            assert path.read_bytes() == (two.output / path.name).read_bytes()
+    for done in (one, two):
+        stats = done.receipt["predicate"].pop("stat")
+        assert stats == {
+            file: {
+                "size": str((done.output / file).stat().st_size),
+                "mtime_ns": str((done.output / file).stat().st_mtime_ns),
+                "inode": str((done.output / file).stat().st_ino),
+            }
+            for file in stats
+        }
+    assert one.receipt == two.receipt
+
+
+def many_shards(base_of: Callable[..., Path], folder: Path) -> Path:
+    """A base of several shards of which an edit of one layer touches few."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base_of("llama"))
+    model.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder
+
+
+def test_linked_shards_are_those_no_edit_touches(
+    base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = many_shards(base_of, tmp_path / "base")
+    recipe = write_recipe(tmp_path, [HEADS])
+    plain = apply(recipe, base, tmp_path / "plain")
+    before = snapshot(base)
+    done = apply(recipe, base, tmp_path / "linked", link=True)
+    linked = done.receipt["predicate"]["linked"]
+    touched = {plan(recipe, base).tensors[name].file for name in done.edited}
+    assert set(linked) == {path.name for path in base.glob("*.safetensors")} - touched
+    for path in done.output.glob("*.safetensors"):
+        assert path.samefile(base / path.name) == (path.name in linked)
+        assert path.read_bytes() == (plain.output / path.name).read_bytes()
+    assert snapshot(base) == before
+    assert verify(done.output, base).ok
+    assert any("hard links" in note for note in done.notes)
+
+
+def test_no_link_across_file_systems(
+    base_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    base = many_shards(base_of, tmp_path / "base")
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    with pytest.raises(OutputError, match="leave link out"):
+        apply(write_recipe(tmp_path, [HEADS]), base, tmp_path / "out", link=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "recipe.json"]
+
+
+def test_trusted_digests_are_those_of_files_as_the_receipt_left_them(
+    base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A shard that was touched since is hashed; one that was not is taken at the receipt's word."""
+    first = apply(
+        write_recipe(tmp_path, [HEADS]), many_shards(base_of, tmp_path / "base"), tmp_path / "one"
+    ).output
+    shards = sorted(path.name for path in first.glob("*.safetensors"))
+    touched, moved, forged, *untouched = shards
+    os.utime(first / touched, ns=(1, 1))
+    shutil.copy2(first / moved, first / "copy")
+    (first / "copy").rename(first / moved)  # another inode, the same time and size
+    facts = (first / forged).stat()
+    raw = bytearray((first / forged).read_bytes())
+    raw[-1] ^= 1
+    (first / forged).write_bytes(raw)
+    os.utime(first / forged, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    recipe = write_recipe(tmp_path, [NEURONS])
+    honest = apply(recipe, first, tmp_path / "honest")
+    done = apply(recipe, first, tmp_path / "two", trust_receipt=True)
+    base = done.receipt["predicate"]["base"]
+    assert base["trusted"] == [forged, *untouched]
+    digests = {name: sha256_file(first / name) for name in shards}
+    assert {name: base["files"][name] for name in shards if name != forged} == {
+        name: digests[name] for name in shards if name != forged
+    }
+    assert base["files"][forged] != digests[forged]  # what trusting means
+    for name in shards:
+        assert (done.output / name).read_bytes() == (honest.output / name).read_bytes()
+    assert not verify(done.output, first).ok
+    assert verify(honest.output, first).ok
+
+
+def test_nothing_is_trusted_without_a_receipt_or_with_a_broken_one(
+    base: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, [HEADS])
+    first = apply(recipe, base, tmp_path / "one", trust_receipt=True)
+    assert first.receipt["predicate"]["base"]["trusted"] == []
+    receipt = first.output / RECEIPT
+    receipt.write_bytes(receipt.read_bytes().replace(b"o_proj", b"q_proj", 1))
+    with pytest.raises(CheckpointError, match="self_sha256"):
+        apply(recipe, first.output, tmp_path / "two", trust_receipt=True)
+    assert not (tmp_path / "two").exists()
 
 
 def test_an_edited_checkpoint_can_be_edited_again_and_names_its_parent(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -139,3 +140,44 @@ def test_a_flipped_bit_of_a_delta_never_gives_a_wrong_checkpoint(
     else:
         assert contents(folder / "back") == contents(base)
     shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("band", [1 << 20, 512])
+def test_the_factors_of_a_projection_are_its_change(
+    base_of: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    band: int,
+) -> None:
+    """However many bands a matrix has, before + left @ right is what was rounded to after."""
+    monkeypatch.setattr("surgery.editor.SLAB_BYTES", band)
+    base = base_of(family)
+    _, path = edit(tmp_path, base, [sae_edit("orthogonalize", features=[1])])
+    delta = Delta.open(path)
+    found = {}
+    for number, record in enumerate(delta.record.regions):
+        factors = delta.factors(number)
+        if factors is None:
+            continue
+        before, after = delta.region(number, "before"), delta.region(number, "after")
+        assert [values.shape[1 - side] for side, values in enumerate(factors)] == [1, 1]
+        np.testing.assert_allclose(before + factors[0] @ factors[1], after, rtol=0, atol=1e-6)
+        assert np.abs(after - before).max() > 1e-3
+        found[record.tensor] = factors
+    projected = [r.tensor for r in delta.record.regions if len(r.stop) == 2]
+    assert list(found) == projected and len(projected) > 4
+
+
+def test_what_is_not_low_rank_has_no_factors(base_of: Callable[..., Path], tmp_path: Path) -> None:
+    """A region of scaled heads has none, nor a matrix that was projected and then scaled."""
+    (tmp_path / "heads").mkdir()
+    _, path = edit(tmp_path / "heads", base_of("llama"), [HEADS])
+    assert Delta.open(path).factors(0) is None
+    (tmp_path / "both").mkdir()
+    _, path = edit(tmp_path / "both", base_of("llama"), [sae_edit("orthogonalize", [1]), HEADS])
+    delta = Delta.open(path)
+    scaled = [n for n, r in enumerate(delta.record.regions) if "o_proj" in r.tensor]
+    assert len(scaled) == 4
+    assert [delta.factors(n) for n in scaled] == [None] * 4

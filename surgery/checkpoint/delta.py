@@ -2,7 +2,9 @@
 
 One safetensors file. Its tensors `before.N` and `after.N` are the two contents of edited region
 N, `file.N.before` and `file.N.after` (U8) those of every file that is no shard and changed, came
-or went, `header.N.before` and `header.N.after` those of a shard's header. What they belong to,
+or went, `header.N.before` and `header.N.after` those of a shard's header. Where all edits of
+region N are low-rank, `factor.N.left` [rows, rank] and `factor.N.right` [rank, columns] (F64) are
+the change before rounding: `before.N + left @ right` rounds to `after.N`. What all that belongs to,
 and the SHA-256 of every file of both checkpoints, is JSON in `__metadata__`.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +36,12 @@ SLACK = 4096
 """Spaces kept in the header for digests and the receipt, which are known only at the end."""
 
 Side = Literal["before", "after"]
+
+Factors = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""u [rows, rank] and v [rank, columns]: the change u·v of a matrix, before rounding."""
+
+WORTH_FACTORS = 8
+"""Factors are kept where they hold so many times fewer numbers than their matrix."""
 
 
 class _Strict(BaseModel):
@@ -95,6 +104,11 @@ class DeltaWriter:
         self._entries: dict[str, Any] = {}
         self._regions = regions
         self._size = 0
+        # With a second region in its tensor, one region's factors would not be its whole change.
+        alone = Counter(region.tensor for region, _ in regions)
+        self._factors = {
+            region: _Factors(region, alone[region.tensor] == 1) for region, _ in regions
+        }
         for number, (region, dtype) in enumerate(regions):
             for side in ("before", "after"):
                 self._place(f"{side}.{number}", dtype, region.shape)
@@ -117,6 +131,10 @@ class DeltaWriter:
                 for side, values in (("before", old), ("after", new)):
                     self._put(f"{side}.{number}", region, part, values[part.within(rows)])
 
+    def observe(self, region: Region, part: Region, factors: Factors | None) -> None:
+        """Keeps the low-rank factors of the change of `part` of a region, where there are any."""
+        self._factors[region].add(part, factors)
+
     def finish(
         self,
         record: DeltaRecord,
@@ -124,6 +142,7 @@ class DeltaWriter:
         headers: Mapping[str, tuple[bytes, bytes]],
     ) -> None:
         """Writes everything but the regions and syncs the file."""
+        self._append_factors()
         self._append("file", [files[name] for name in record.files])
         self._append("header", [headers[name] for name in record.headers])
         raw = self._header(record)
@@ -154,6 +173,13 @@ class DeltaWriter:
         begin = int(self._entries[name]["data_offsets"][0])
         write_at(self._file, self._data_start + begin + row * width, values.tobytes())
 
+    def _append_factors(self) -> None:
+        for number, (region, _) in enumerate(self._regions):
+            joined = self._factors[region].joined()
+            for side, values in zip(("left", "right"), joined or (), strict=False):
+                begin = self._place(f"factor.{number}.{side}", "F64", values.shape)
+                write_at(self._file, self._data_start + begin, values.tobytes())
+
     def _append(self, noun: str, pairs: Sequence[tuple[bytes | None, bytes | None]]) -> None:
         for number, pair in enumerate(pairs):
             for side, data in zip(("before", "after"), pair, strict=True):
@@ -171,6 +197,34 @@ class DeltaWriter:
         data = read_exactly(self._file, self._data_start, self._size, str(self._staged))
         self._data_start += by
         write_at(self._file, self._data_start, data)
+
+
+class _Factors:
+    """The factors of one region, from those of every edit of every band of it."""
+
+    def __init__(self, region: Region, alone: bool) -> None:
+        self._matrix = alone and len(region.shape) == 2
+        self._size = region.size
+        self._left: dict[int, list[NDArray[np.float64]]] = {}
+        self._right: dict[int, list[NDArray[np.float64]]] = {}
+
+    def add(self, part: Region, factors: Factors | None) -> None:
+        """The edits of a band come in order, the bands in any."""
+        if not self._matrix or factors is None:
+            self._matrix = False
+            return
+        self._left.setdefault(part.start[0], []).append(factors[0])
+        self._right.setdefault(part.start[0], []).append(factors[1])
+        if factors[1].size * WORTH_FACTORS > self._size:
+            self._matrix = False
+
+    def joined(self) -> Factors | None:
+        """None where an edit of the region has no factors, or has them too large to be of use."""
+        if not self._matrix or not self._left:
+            return None
+        left = np.vstack([np.hstack(self._left[row]) for row in sorted(self._left)])
+        right = np.vstack(next(iter(self._right.values())))
+        return (left, right) if (left.size + right.size) * WORTH_FACTORS <= self._size else None
 
 
 @dataclass(frozen=True)
@@ -199,6 +253,15 @@ class Delta:
         info = self.header.tensors[f"{side}.{number}"]
         raw = np.frombuffer(self._bytes(info.name), numpy_dtype(info.dtype))
         return raw.reshape(info.shape)
+
+    def factors(self, number: int) -> Factors | None:
+        """The low-rank factors of region `number`, where it has them."""
+        names = [f"factor.{number}.{side}" for side in ("left", "right")]
+        if any(name not in self.header.tensors for name in names):
+            return None
+        infos = [self.header.tensors[name] for name in names]
+        left, right = (np.frombuffer(self._bytes(i.name), "<f8").reshape(i.shape) for i in infos)
+        return left, right
 
     def file(self, number: int, side: Side) -> bytes | None:
         """The contents of file `number`; None where that checkpoint has no such file."""

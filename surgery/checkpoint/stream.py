@@ -14,11 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint.files import open_regular, read_exactly, read_into
+from surgery.checkpoint.files import PART, open_regular, read_exactly, read_into
 from surgery.checkpoint.sink import Bytes, Clone, Sink, Target
-
-PART = 256 << 10
-"""Bytes read and hashed at a time: few enough to stay in a core's own cache in between."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +44,15 @@ def copy(
     patches: Sequence[Patch] = (),
     stop: int | None = None,
     tail: Iterable[bytes] = (),
+    known: str | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Copied:
     """Copies `source` to the new file `target`, synced.
 
     `head` replaces the first `skip` bytes, `patches` (in order, apart from each other) replace
     bytes of the same length, what lies from `stop` on is read but not written, `tail` is
-    appended; `advance` is told of every so many bytes done.
+    appended; `known` is the SHA-256 of the source where that need not be computed, so that a clone
+    of it is not even read; `advance` is told of every so many bytes done.
     Raises `CheckpointError` where the source is cut short while it is read.
     """
     with open_regular(source) as descriptor:
@@ -61,7 +60,12 @@ def copy(
         end = size if stop is None else stop
         whole = head is None and end == size
         with _open(target, descriptor, whole) as output:
+            untouched = whole and not patches
+            if untouched and known is not None and isinstance(output, Clone):
+                return Copied(known, known)
             copying = _Pass(descriptor, str(source), output, advance)
+            if known is not None:
+                copying.know(known, untouched)
             if head is not None:
                 copying.replace(0, skip, lambda _: head)
             begin = skip
@@ -91,11 +95,21 @@ class _Pass:
     """
 
     def __init__(
-        self, source: int, file: str, target: Target, advance: Callable[[int], None] | None
+        self,
+        source: int,
+        file: str,
+        target: Target,
+        advance: Callable[[int], None] | None,
     ) -> None:
         self._source, self._file, self._target, self._advance = source, file, target, advance
+        self._known: str | None = None
         self._read: Any = hashlib.sha256()
         self._written: Any = None
+
+    def know(self, source: str, untouched: bool) -> None:
+        """The digest of the source is given; that of the target too where nothing will change."""
+        self._known, self._read = source, None
+        self._written = None if untouched else hashlib.sha256()
 
     def keep(self, begin: int, end: int) -> None:
         """Bytes `begin` to `end` stay; they are read where they will be written from."""
@@ -124,8 +138,8 @@ class _Pass:
 
     def digests(self) -> Copied:
         """Of all that was read and of all that was written so far."""
-        written = self._read if self._written is None else self._written
-        return Copied(self._read.hexdigest(), written.hexdigest())
+        source = self._known or self._read.hexdigest()
+        return Copied(source, source if self._written is None else self._written.hexdigest())
 
     def _parts(self, begin: int, end: int) -> Iterator[memoryview]:
         while begin < end:
@@ -135,11 +149,12 @@ class _Pass:
             begin += len(part)
 
     def _hash(self, old: Bytes, new: Bytes) -> None:
-        if self._written is None and old is not new and old != new:
+        if self._read and not self._written and old is not new and old != new:
             self._written = self._read.copy()
-        if self._written is not None:
+        if self._written:
             self._written.update(new)
-        self._read.update(old)
+        if self._read:
+            self._read.update(old)
 
     def _tell(self, count: int) -> None:
         if self._advance is not None:

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from surgery.addresses import Region
 from surgery.arch import Architecture
 from surgery.checkpoint import TensorInfo
+from surgery.checkpoint.delta import Factors
 
 Array = NDArray[np.floating[Any]]
 
@@ -110,6 +111,13 @@ class Edit(ABC):
         `where` is a target of this edit, or the part of one in a band of whole rows: an edit
         that needs a sum over rows takes it in `prepare`.
         """
+
+    def factors(self, slab: Array, where: Region, state: Any) -> Factors | None:
+        """The change that `transform` makes to the matrix `slab`, as low-rank factors.
+
+        v is the same for every band of a target. None where the edit is no such change.
+        """
+        return None
 
     @abstractmethod
     def hook(self, model: Any, arch: Architecture, state: Any) -> AbstractContextManager[None]:

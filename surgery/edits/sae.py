@@ -26,6 +26,7 @@ from pydantic import Field, NonNegativeInt
 from surgery.addresses import Region, parse_layers
 from surgery.arch import Architecture, BiasSlot
 from surgery.checkpoint import TensorInfo
+from surgery.checkpoint.delta import Factors
 from surgery.edits.interface import (
     Addition,
     Array,
@@ -156,6 +157,13 @@ class Orthogonalize(Edit):
     def transform(self, slab: Array, where: Region, state: dict[str, Vectors | None]) -> Array:
         return project(slab, self.q, self.strength, where, state[where.tensor])
 
+    def factors(
+        self, slab: Array, where: Region, state: dict[str, Vectors | None]
+    ) -> Factors | None:
+        if slab.ndim != 2:
+            return None
+        return projection(slab, self.q, self.strength, where, state[where.tensor])
+
     @contextmanager
     def hook(self, model: Any, arch: Architecture, state: Any) -> Iterator[None]:
         writers = {(arch.roles[w].role, arch.roles[w].layer) for w in state}
@@ -188,6 +196,11 @@ class ZProject(Edit):
 
     def transform(self, slab: Array, where: Region, state: Vectors | None) -> Array:
         return project(slab, self.q, self.strength, where, state)
+
+    def factors(self, slab: Array, where: Region, state: Vectors | None) -> Factors | None:
+        if slab.ndim != 2:
+            return None
+        return projection(slab, self.q, self.strength, where, state)
 
     def hook(self, model: Any, arch: Architecture, state: Any) -> AbstractContextManager[None]:
         def project_input(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -284,14 +297,23 @@ def project(
     """
     if strength == 0:
         return slab
-    # In float64, so that the sum comes out the same whatever the bands and the BLAS: who verifies
-    # on another machine must find the same numbers.
+    left, right = projection(slab, q, strength, where, along_rows)
+    changed = left @ right
+    np.add(slab, changed, out=changed)
+    return changed.astype(slab.dtype)
+
+
+def projection(
+    slab: Array, q: Vectors, strength: float, where: Region, along_rows: Vectors | None
+) -> Factors:
+    """What `project` adds to `slab`, as factors.
+
+    In float64, so that the sums come out the same whatever the bands and the BLAS: who verifies
+    on another machine must find the same numbers.
+    """
     if along_rows is None:
-        removed = (slab.astype(np.float64) @ q) @ (strength * q.T)
-    else:
-        removed = (strength * q[where.slices[0]]) @ along_rows[(slice(None), *where.slices[1:])]
-    np.subtract(slab, removed, out=removed)
-    return removed.astype(slab.dtype)
+        return slab.astype(np.float64) @ q, -strength * q.T
+    return -strength * q[where.slices[0]], along_rows[(slice(None), *where.slices[1:])]
 
 
 def _along_rows(tensor: str, q: Vectors, axis: int, reader: Reader) -> Vectors | None:
