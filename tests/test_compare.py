@@ -21,9 +21,16 @@ def test_a_checkpoint_equals_itself(base_of: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("band", [1 << 20, 256])
 def test_a_zeroed_head_is_its_columns_and_their_rank(
-    base_of: Callable[..., Path], tmp_path: Path, dtype: str
+    base_of: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    band: int,
 ) -> None:
+    """Read in one band or in many."""
+    monkeypatch.setattr("surgery.editor.SLAB_BYTES", band)
     base = base_of("llama", dtype)
     edited = apply_edits(tmp_path, base, [{**HEADS, "heads": ["L0H1"]}])
     (change,) = diff_weights(base, edited).changed
