@@ -43,18 +43,20 @@ AnyPath = str | PathLike[str]
 Stages = Callable[[str], None]
 
 
-def inspect(model: AnyPath) -> Inspection:
+def inspect(model: AnyPath, *, allow_code: bool = False) -> Inspection:
     """Family, sizes, dtypes, tensors and their roles, ties; from headers alone."""
     from surgery.arch.inspection import inspect as run
 
-    return run(Path(model))
+    return run(Path(model), allow_code=allow_code)
 
 
-def plan(recipe: AnyPath, model: AnyPath, *, allow_outside: bool = False) -> Plan:
+def plan(
+    recipe: AnyPath, model: AnyPath, *, allow_outside: bool = False, allow_code: bool = False
+) -> Plan:
     """What applying `recipe` to `model` will do; reads no weights."""
     from surgery.plan import plan as run
 
-    return run(Path(recipe), Path(model), allow_outside=allow_outside)
+    return run(Path(recipe), Path(model), allow_outside=allow_outside, allow_code=allow_code)
 
 
 def apply(
@@ -63,6 +65,7 @@ def apply(
     output: AnyPath,
     *,
     allow_outside: bool = False,
+    allow_code: bool = False,
     delta: AnyPath | None = None,
     link: bool = False,
     trust_receipt: bool = False,
@@ -71,9 +74,10 @@ def apply(
     """Writes the edited checkpoint and its receipt to the new folder `output`.
 
     `recipe` may be a delta (a `.safetensors` file) that was made from this base: then the same
-    edited checkpoint is written again, and of the options only `progress` has a meaning. With
-    `link`, shards without an edit become hard links to the base's, which ONNX tools refuse as
-    external data. With `trust_receipt`, digests of the base are taken from its own receipt.
+    edited checkpoint is written again, and of the options only `allow_code` and `progress`
+    have a meaning. With `link`, shards without an edit become hard links to the base's, which ONNX
+    tools refuse as external data. With `trust_receipt`, digests of the base are taken from its own
+    receipt.
     """
     from surgery.apply import apply as run
     from surgery.revert import apply_delta
@@ -85,12 +89,15 @@ def apply(
             raise InputError(
                 f"{source}: is a delta already; --{name.replace('_', '-')} goes with a recipe"
             )
-        return apply_delta(Path(model), source, Path(output), progress=progress)
+        return apply_delta(
+            Path(model), source, Path(output), allow_code=allow_code, progress=progress
+        )
     return run(
         source,
         Path(model),
         Path(output),
         allow_outside=allow_outside,
+        allow_code=allow_code,
         delta=_path(delta),
         link=link,
         trust_receipt=trust_receipt,
@@ -99,12 +106,18 @@ def apply(
 
 
 def revert(
-    edited: AnyPath, delta: AnyPath, output: AnyPath, *, progress: Progress | None = None
+    edited: AnyPath,
+    delta: AnyPath,
+    output: AnyPath,
+    *,
+    allow_code: bool = False,
+    progress: Progress | None = None,
 ) -> Restored:
     """Writes the base of `edited` again, every file to the byte, to the new folder `output`."""
     from surgery.revert import revert as run
 
-    return run(Path(edited), Path(delta), Path(output), progress=progress)
+    paths = (Path(edited), Path(delta), Path(output))
+    return run(*paths, allow_code=allow_code, progress=progress)
 
 
 def verify(
@@ -112,19 +125,21 @@ def verify(
     *,
     base: AnyPath | None = None,
     recipe: AnyPath | None = None,
+    allow_code: bool = False,
     progress: Progress | None = None,
 ) -> Verification:
     """Re-checks every digest; with `base`, every edited region and every other byte too."""
     from surgery.verify import verify as run
 
-    return run(Path(edited), _path(base), _path(recipe), progress=progress)
+    paths = (Path(edited), _path(base), _path(recipe))
+    return run(*paths, allow_code=allow_code, progress=progress)
 
 
-def diff_weights(a: AnyPath, b: AnyPath) -> Comparison:
+def diff_weights(a: AnyPath, b: AnyPath, *, allow_code: bool = False) -> Comparison:
     """Which tensors of two checkpoints differ, where and by how much."""
     from surgery.compare import diff_weights as run
 
-    return run(Path(a), Path(b))
+    return run(Path(a), Path(b), allow_code=allow_code)
 
 
 def export(

@@ -59,6 +59,7 @@ def apply(
     output: Path,
     *,
     allow_outside: bool = False,
+    allow_code: bool = False,
     delta: Path | None = None,
     link: bool = False,
     trust_receipt: bool = False,
@@ -72,7 +73,7 @@ def apply(
     it says. Raises an `InputError` where anything given cannot be used, `EnvironmentFault`
     where the disk is full; either way `output` does not appear and `model` is untouched.
     """
-    found = plan(recipe, model, allow_outside=allow_outside)
+    found = plan(recipe, model, allow_outside=allow_outside, allow_code=allow_code)
     return apply_plan(
         found, output, delta=delta, link=link, trust_receipt=trust_receipt, progress=progress
     )

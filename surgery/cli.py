@@ -42,6 +42,9 @@ json_option = click.option("--json", is_flag=True, help="Print JSON.")
 outside_option = click.option(
     "--allow-outside", is_flag=True, help="Let the recipe read files outside its folder."
 )
+code_option = click.option(
+    "--allow-code", is_flag=True, help="Accept a config.json that names code; it is never run."
+)
 task_option = click.option(
     "--task", metavar="TASK", help="causal-lm, causal-lm-with-past or encoder."
 )
@@ -85,8 +88,9 @@ def cli(debug: bool) -> None:
 
 @cli.command()
 @click.argument("model", type=PATH)
+@code_option
 @json_option
-def inspect(model: Path, json: bool) -> None:
+def inspect(model: Path, allow_code: bool, json: bool) -> None:
     """Show family, sizes, tensors and their roles, from headers alone.
 
     Example: surgery inspect fixtures/capitals-gpt2
@@ -94,7 +98,7 @@ def inspect(model: Path, json: bool) -> None:
     from surgery.api import inspect as run
     from surgery.console import inspection_text
 
-    found = run(model)
+    found = run(model, allow_code=allow_code)
     echo_json(found.to_json()) if json else click.echo(inspection_text(found))
 
 
@@ -102,8 +106,9 @@ def inspect(model: Path, json: bool) -> None:
 @click.argument("recipe", type=PATH)
 @model_option
 @outside_option
+@code_option
 @json_option
-def plan(recipe: Path, model: Path, allow_outside: bool, json: bool) -> None:
+def plan(recipe: Path, model: Path, json: bool, **options: Any) -> None:
     """Show what a recipe would change; reads no weights.
 
     Example: surgery plan recipe.yaml --model model/
@@ -111,7 +116,7 @@ def plan(recipe: Path, model: Path, allow_outside: bool, json: bool) -> None:
     from surgery.api import plan as run
     from surgery.console import plan_json, plan_text
 
-    found = run(recipe, model, allow_outside=allow_outside)
+    found = run(recipe, model, **options)
     echo_json(plan_json(found)) if json else click.echo(plan_text(found))
 
 
@@ -127,6 +132,7 @@ def plan(recipe: Path, model: Path, allow_outside: bool, json: bool) -> None:
     help="Take digests of the base from its own receipt, where its files are as that says.",
 )
 @outside_option
+@code_option
 def apply(recipe: Path, model: Path, output: Path, **options: Any) -> None:
     """Write the edited checkpoint and its receipt, from a recipe or a delta.
 
@@ -153,7 +159,8 @@ def apply(recipe: Path, model: Path, output: Path, **options: Any) -> None:
 @click.argument("edited", type=PATH)
 @click.option("--delta", type=PATH, required=True, metavar="FILE", help="What apply wrote.")
 @output_option
-def revert(edited: Path, delta: Path, output: Path) -> None:
+@code_option
+def revert(edited: Path, delta: Path, output: Path, allow_code: bool) -> None:
     """Write the base of an edited checkpoint again, every file to the byte.
 
     Example: surgery revert edited/ --delta edited.safetensors --output base/
@@ -162,7 +169,7 @@ def revert(edited: Path, delta: Path, output: Path) -> None:
     from surgery.console import bar, count
 
     with bar("restoring") as progress:
-        done = run(edited, delta, output, progress=progress)
+        done = run(edited, delta, output, allow_code=allow_code, progress=progress)
     click.echo(f"{output}: {count(done.files, 'file')} restored to the byte")
     for file in done.lost:
         click.echo(f"not restored, no delta carries other weight formats: {file}", err=True)
@@ -172,8 +179,9 @@ def revert(edited: Path, delta: Path, output: Path) -> None:
 @click.argument("edited", type=PATH)
 @click.option("--base", type=PATH, metavar="DIR", help="Also recompute every edited region.")
 @click.option("--recipe", type=PATH, metavar="FILE", help="Needed where the recipe reads files.")
+@code_option
 @json_option
-def verify(edited: Path, base: Path | None, recipe: Path | None, json: bool) -> None:
+def verify(edited: Path, json: bool, **options: Any) -> None:
     """Re-check an edited checkpoint against its receipt and its base.
 
     Example: surgery verify edited/ --base model/
@@ -184,13 +192,15 @@ def verify(edited: Path, base: Path | None, recipe: Path | None, json: bool) -> 
     from surgery.console import bar
 
     with bar("checking") as progress:
-        found = run(edited, base=base, recipe=recipe, progress=progress)
+        found = run(edited, **options, progress=progress)
     if json:
         echo_json({"ok": found.ok, **asdict(found)})
     else:
         for finding in found.findings:
             click.echo(f"{finding.symptom}: {finding.message}")
-        checked = f"{found.files} files" + (f" and {found.tensors} tensors" if base else "")
+        checked = f"{found.files} files" + (
+            f" and {found.tensors} tensors" if options["base"] else ""
+        )
         click.echo(f"{edited}: {'ok' if found.ok else 'FAILED'}, {checked} checked")
     sys.exit(0 if found.ok else 1)
 
@@ -198,9 +208,10 @@ def verify(edited: Path, base: Path | None, recipe: Path | None, json: bool) -> 
 @cli.command("diff-weights")
 @click.argument("a", type=PATH)
 @click.argument("b", type=PATH)
+@code_option
 @json_option
 @click.option("--exit-code", is_flag=True, help="Exit 1 if anything differs.")
-def diff_weights(a: Path, b: Path, json: bool, exit_code: bool) -> None:
+def diff_weights(a: Path, b: Path, allow_code: bool, json: bool, exit_code: bool) -> None:
     """Show which tensors of two checkpoints differ, where, by how much and in what rank.
 
     Example: surgery diff-weights model/ edited/
@@ -210,7 +221,7 @@ def diff_weights(a: Path, b: Path, json: bool, exit_code: bool) -> None:
     from surgery.api import diff_weights as run
     from surgery.console import comparison_text
 
-    found = run(a, b)
+    found = run(a, b, allow_code=allow_code)
     echo_json(asdict(found)) if json else click.echo(comparison_text(found))
     sys.exit(1 if exit_code and not found.same else 0)
 

@@ -56,9 +56,9 @@ class Comparison:
         return not (self.changed or self.only_a or self.only_b or self.other_form)
 
 
-def diff_weights(a: Path, b: Path) -> Comparison:
+def diff_weights(a: Path, b: Path, *, allow_code: bool = False) -> Comparison:
     """Compares checkpoint folders `a` and `b`; raises `CheckpointError` for a malformed one."""
-    left, right = Checkpoint.open(a), Checkpoint.open(b)
+    left, right = (Checkpoint.open(folder, allow_code=allow_code) for folder in (a, b))
     common = [name for name in left.tensors if name in right.tensors]
     alike = [n for n in common if _form(left, n) == _form(right, n)]
     changed = tuple(_changes(left, right, alike))

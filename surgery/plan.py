@@ -98,13 +98,15 @@ def _working_bytes(info: TensorInfo) -> int:
     return info.nbytes + 3 * math.prod(info.shape) * compute_dtype(info.dtype).itemsize
 
 
-def plan(recipe: Path, model: Path, *, allow_outside: bool = False) -> Plan:
+def plan(
+    recipe: Path, model: Path, *, allow_outside: bool = False, allow_code: bool = False
+) -> Plan:
     """The plan of the recipe file `recipe` on checkpoint folder `model`.
 
     Raises an `InputError` naming the problem: malformed recipe or checkpoint, an address the
     model lacks, edits that conflict, a tie that would break.
     """
-    base = Checkpoint.open(model)
+    base = Checkpoint.open(model, allow_code=allow_code)
     return make_plan(load_recipe(recipe, allow_outside=allow_outside), base)
 
 

@@ -40,32 +40,43 @@ class Restored:
 
 
 def revert(
-    edited: Path, delta: Path, output: Path, *, progress: Progress | None = None
+    edited: Path,
+    delta: Path,
+    output: Path,
+    *,
+    allow_code: bool = False,
+    progress: Progress | None = None,
 ) -> Restored:
     """Writes to `output` the base that `edited` was made from, every file to the byte.
 
     Raises `CheckpointError` where `delta` does not belong to `edited`, or where the result is
     not the base it names.
     """
-    return _restore(edited, Delta.open(delta), output, "before", progress)
+    checkpoint = Checkpoint.open(edited, allow_code=allow_code)
+    return _restore(checkpoint, Delta.open(delta), output, "before", progress)
 
 
 def apply_delta(
-    base: Path, delta: Path, output: Path, *, progress: Progress | None = None
+    base: Path,
+    delta: Path,
+    output: Path,
+    *,
+    allow_code: bool = False,
+    progress: Progress | None = None,
 ) -> Restored:
     """Writes to `output` the edited checkpoint that `delta` was made with, from its base."""
-    return _restore(base, Delta.open(delta), output, "after", progress)
+    checkpoint = Checkpoint.open(base, allow_code=allow_code)
+    return _restore(checkpoint, Delta.open(delta), output, "after", progress)
 
 
 def _restore(
-    source: Path, delta: Delta, output: Path, side: Side, progress: Progress | None
+    checkpoint: Checkpoint, delta: Delta, output: Path, side: Side, progress: Progress | None
 ) -> Restored:
     record = delta.record
     was, becomes = record.edited, record.base
     if side == "after":
         was, becomes = becomes, was
-    checkpoint = Checkpoint.open(source)
-    with Staging(output, (source,)) as staging:
+    with Staging(output, (checkpoint.root,)) as staging:
         sizes = {file: checkpoint.path(file).stat().st_size for file in checkpoint.headers}
         staging.require(sum(sizes.values()))
         jobs = {
@@ -73,7 +84,7 @@ def _restore(
             for file in checkpoint.headers
         }
         for file, copied in in_parallel(jobs, sum(sizes.values()), progress).items():
-            _check(source, file, copied.source, was)
+            _check(checkpoint.root, file, copied.source, was)
             _check(output, file, copied.target, becomes)
         changed = dict(_changed_files(delta, side))
         for file in sorted({*becomes} - {*checkpoint.headers} - {*changed}):

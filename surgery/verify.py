@@ -57,6 +57,7 @@ def verify(
     base: Path | None = None,
     recipe: Path | None = None,
     *,
+    allow_code: bool = False,
     progress: Progress | None = None,
 ) -> Verification:
     """Re-checks folder `edited` against its receipt and, where given, against its base.
@@ -78,7 +79,8 @@ def verify(
     tensors = 0
     if base is not None:
         sound = set(expected) - {finding.site for finding in findings}
-        tensors, wrong = _check_against_base(edited, base, recipe, receipt, sound, progress)
+        original = Checkpoint.open(base, allow_code=allow_code)
+        tensors, wrong = _check_against_base(edited, original, recipe, receipt, sound, progress)
         findings += wrong
     return Verification(len(expected), tensors, tuple(findings))
 
@@ -171,14 +173,13 @@ def _receipts(edited: Path) -> set[str]:
 
 def _check_against_base(
     edited: Path,
-    base: Path,
+    original: Checkpoint,
     recipe: Path | None,
     receipt: _Receipt,
     sound: set[str],
     progress: Progress | None,
 ) -> tuple[int, list[Finding]]:
     """How many tensors were compared, and what is wrong; `sound` files are as the receipt says."""
-    original = Checkpoint.open(base)
     findings = list(_check_base_files(original, receipt.base.files, progress))
     if findings:
         return 0, findings
@@ -187,7 +188,7 @@ def _check_against_base(
         message = "the files the recipe reads are not those it read when it was applied"
         return 0, [Finding("verify", "changed input", plan.recipe.source, message)]
     try:
-        result = Checkpoint.open(edited)
+        result = Checkpoint.open(edited, allow_code=True)
     except InputError as error:
         return 0, [Finding("verify", "malformed checkpoint", str(edited), str(error))]
     if {f: h.raw for f, h in result.headers.items()} != {f: h.raw for f, h in plan.headers.items()}:

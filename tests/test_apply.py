@@ -8,7 +8,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from recipes import (
     write_recipe,
 )
 
+from surgery import api
 from surgery.apply import apply
 from surgery.checkpoint import RECEIPT, SINGLE, Checkpoint
 from surgery.checkpoint.files import sha256_file
@@ -264,3 +267,31 @@ def test_a_base_truncated_after_planning_leaves_nothing(base: Path, tmp_path: Pa
     with pytest.raises(CheckpointError, match="truncated"):
         apply_plan(found, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my model", "r"]
+
+
+def test_a_config_that_names_code_is_carried_along_when_asked_for_and_never_run(
+    base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, canary = tmp_path / "base", tmp_path / "canary"
+    shutil.copytree(base_of("llama"), base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "evil.M"}}))
+    (base / "evil.py").write_text(f"open({str(canary)!r}, 'w')")
+    recipe, delta = write_recipe(tmp_path, [HEADS]), tmp_path / "delta.safetensors"
+    edited, back = tmp_path / "edited", tmp_path / "back"
+    calls: list[Callable[..., Any]] = [
+        partial(api.inspect, base),
+        partial(api.plan, recipe, base),
+        partial(api.apply, recipe, base, edited, delta=delta),
+        partial(api.apply, delta, base, tmp_path / "again"),
+        partial(api.verify, edited, base=base),
+        partial(api.diff_weights, base, edited),
+        partial(api.revert, edited, delta, back),
+    ]
+    for call in calls:
+        with pytest.raises(CheckpointError, match="allow-code"):
+            call()
+        call(allow_code=True)
+    assert api.verify(edited, base=base, allow_code=True).ok
+    assert snapshot(back).keys() == snapshot(base).keys()
+    assert not canary.exists()

@@ -313,7 +313,7 @@ def row_delta(bench: Bench) -> list[Row]:
     if not (offers("revert", "--delta") and offers("apply", "--delta")):
         return [Row("delta of a three-neuron edit", "≤ 64 kB", "not there yet", None, "")]
     model = bench.model("llama-1.1b")
-    recipe, delta = bench.recipe(model, "neurons"), bench.work / "edit.delta"
+    recipe, delta = bench.recipe(model, "neurons"), bench.work / "edit.safetensors"
     edited, back, again = (bench.output(name) for name in ("apply", "revert", "again"))
     delta.unlink(missing_ok=True)
     bench.prepare([], [edited, back, again])

@@ -42,9 +42,9 @@ class Inspection:
         return {**asdict(self), "model": str(self.model)}
 
 
-def inspect(model: Path) -> Inspection:
+def inspect(model: Path, *, allow_code: bool = False) -> Inspection:
     """Reads the headers of checkpoint folder `model`; raises `InputError` for an unusable one."""
-    checkpoint = Checkpoint.open(model)
+    checkpoint = Checkpoint.open(model, allow_code=allow_code)
     arch = identify(checkpoint)
     rows = tuple(
         TensorRow(

@@ -56,10 +56,16 @@ class Checkpoint:
     not_carried: tuple[str, ...]
 
     @classmethod
-    def open(cls, root: Path) -> Checkpoint:
-        """Opens the folder `root`; raises `CheckpointError` for anything malformed in it."""
+    def open(cls, root: Path, *, allow_code: bool = False) -> Checkpoint:
+        """Opens the folder `root`; raises `CheckpointError` for anything malformed in it.
+
+        With `allow_code`, its config may name code that came with it. We never run that; whoever
+        loads the model might.
+        """
         _refuse_no_folder(root)
         config = _read_config(root)
+        if not allow_code:
+            _refuse_code(config, root / CONFIG)
         files = list_files(root)
         weight_map = _weight_map(root, files)
         shards = sorted(set(weight_map.values())) if weight_map else [SINGLE]
@@ -124,9 +130,7 @@ def _refuse_no_folder(root: Path) -> None:
 def _read_config(root: Path) -> dict[str, Any]:
     if not (root / CONFIG).is_symlink() and not (root / CONFIG).exists():
         raise CheckpointError(f"{root}: has no {CONFIG}; expected a transformers checkpoint folder")
-    config = parse_json_object(read_small(resolve_inside(root, CONFIG)), f"{root / CONFIG}")
-    _refuse_code(config, root / CONFIG)
-    return config
+    return parse_json_object(read_small(resolve_inside(root, CONFIG)), f"{root / CONFIG}")
 
 
 def _refuse_code(value: Any, source: Path) -> None:
@@ -137,7 +141,10 @@ def _refuse_code(value: Any, source: Path) -> None:
         if isinstance(item, dict):
             for key in _CODE_KEYS:
                 if item.get(key):
-                    raise CheckpointError(f"{source}: {key!r} names code to run; remove it")
+                    raise CheckpointError(
+                        f"{source}: {key!r} names code to run; remove it, or say --allow-code "
+                        "where only weights are read and written"
+                    )
             stack += item.values()
         elif isinstance(item, list):
             stack += item

@@ -323,8 +323,10 @@ def _along_rows(tensor: str, q: Vectors, axis: int, reader: Reader) -> Vectors |
     """
     if axis != 0:
         return None
-    parts = [q[band].T @ slab for band, slab in reader.rows(tensor)]
-    return np.asarray(sum(parts[1:], parts[0]), np.float64)
+    total: Any = 0.0
+    for band, slab in reader.rows(tensor):
+        total = total + q[band].T @ slab
+    return np.asarray(total, np.float64)
 
 
 def _project_torch(x: Any, q: Vectors, strength: float) -> Any:

@@ -230,6 +230,7 @@ def test_a_config_that_names_code_is_refused(config: dict[str, Any], tmp_path: P
     canary = tmp_path / "canary"
     (folder / "evil.py").write_text(f"open({str(canary)!r}, 'w')")
     assert "names code to run" in refused(folder)
+    assert Checkpoint.open(folder, allow_code=True).config == {**config}
     assert not canary.exists()
 
 

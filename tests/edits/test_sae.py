@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from recipes import apply_edits, editor_of, make_sae, sae_edit, stored
 
 from surgery.addresses import Region
-from surgery.edits.sae import basis, project
+from surgery.edits.sae import _along_rows, basis, project
 
 
 @given(seed=st.integers(0, 99), count=st.integers(1, 5), width=st.integers(5, 9))
@@ -89,3 +91,21 @@ def test_steering_sees_the_edits_before_it_and_not_those_after(
         vector[8:16] = 0
     added = stored(output, bias).astype(float) - stored(base_of("gpt2"), bias)
     assert np.allclose(added, vector @ stored(base_of("gpt2"), weight), atol=1e-6)
+
+
+def test_a_reduction_over_rows_holds_one_band_and_not_all_of_them() -> None:
+    """qᵀW of a matrix in a thousand bands takes the memory of a few."""
+    width, columns = 1000, 10_000
+    q = np.linalg.qr(np.random.default_rng(0).standard_normal((width, 2)))[0]
+    row = np.arange(columns, dtype=np.float32)
+
+    class Reader:
+        def rows(self, tensor: str) -> Iterator[tuple[slice, Any]]:
+            return ((slice(i, i + 1), row[None] * np.float32(i)) for i in range(width))
+
+    tracemalloc.start()
+    found = _along_rows("w", q, 0, Reader())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_allclose(found, np.outer(q.T @ np.arange(width), row), rtol=1e-9)
+    assert peak < 20 * row.nbytes
