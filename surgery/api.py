@@ -8,20 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from surgery.apply import Applied
-from surgery.arch.inspection import Inspection
-from surgery.checkpoint.parallel import Progress
-from surgery.compare import Comparison
 from surgery.errors import InputError
-from surgery.gate import Verdict
-from surgery.plan import Plan
-from surgery.policy import Policy
 from surgery.registry import suggest
-from surgery.report import Report
-from surgery.revert import Restored
-from surgery.verify import Verification
+
+if TYPE_CHECKING:  # a command imports what it uses and no more
+    from surgery.apply import Applied
+    from surgery.arch.inspection import Inspection
+    from surgery.checkpoint.parallel import Progress
+    from surgery.compare import Comparison
+    from surgery.gate import Verdict
+    from surgery.plan import Plan
+    from surgery.policy import Policy
+    from surgery.report import Report
+    from surgery.revert import Restored
+    from surgery.verify import Verification
 
 __all__ = [
     "apply",
@@ -208,20 +210,18 @@ def validate(
 def gate(report: Report | AnyPath, policy: Policy | AnyPath | None = None) -> Verdict:
     """The verdict on a report, under its own policy or another."""
     from surgery.gate import judge
-    from surgery.report import load_report
 
-    loaded = report if isinstance(report, Report) else load_report(report)
+    loaded = _report(report)
     return judge(loaded.evidence(), loaded.policy if policy is None else _policy(policy))
 
 
 def report(source: Report | AnyPath, format: str = "text") -> str:
     """A report as text, json, md or html."""
-    from surgery.report import RENDERERS, load_report, render
+    from surgery.report import RENDERERS, render
 
     if format not in RENDERERS:
         raise InputError(f"unknown report format {format!r}{suggest(format, RENDERERS)}")
-    loaded = source if isinstance(source, Report) else load_report(source)
-    return render(loaded, format)
+    return render(_report(source), format)
 
 
 def schema(kind: str) -> dict[str, Any]:
@@ -251,6 +251,12 @@ def _path(path: AnyPath | None) -> Path | None:
 def _policy(policy: Policy | AnyPath | None) -> Policy:
     from surgery.policy import BUILT_IN, load_policy
 
-    if policy is None or isinstance(policy, Policy):
-        return policy or BUILT_IN
-    return load_policy(policy)
+    if isinstance(policy, str | PathLike):
+        return load_policy(policy)
+    return BUILT_IN if policy is None else policy
+
+
+def _report(report: Report | AnyPath) -> Report:
+    from surgery.report import load_report
+
+    return load_report(report) if isinstance(report, str | PathLike) else report
