@@ -23,7 +23,7 @@ from surgery.edits.engine import round_once
 from surgery.edits.interface import Array
 from surgery.plan import Plan, Step
 
-SLAB_BYTES = 1 << 20
+SLAB_BYTES = 512 << 10
 """Stored bytes of one slab; computing it takes about eight times as much, which shall fit the
 processor's cache."""
 
