@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
-.PHONY: setup demo test lint format fixtures noise clean
+.PHONY: setup demo test campaign lint format fixtures noise clean
 
 setup: $(SETUP)
 
@@ -25,7 +25,11 @@ demo: $(SETUP)
 	$(BIN)/surgery demo --output demo
 
 test: $(SETUP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not campaign"
+
+# The long runs: every write-side system call met by a kill, thousands of damaged headers.
+campaign: $(SETUP)
+	$(BIN)/python -m pytest -m campaign
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

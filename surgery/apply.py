@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from surgery.addresses import Region
 from surgery.checkpoint import CONFIG, EXPORT_RECEIPT, INDEX, RECEIPT, Staging, TensorInfo
-from surgery.checkpoint.delta import AddedRecord, DeltaRecord, DeltaWriter, RegionRecord
+from surgery.checkpoint.delta import AddedRecord, DeltaRecord, DeltaWriter, RegionRecord, resume
 from surgery.checkpoint.dtypes import numpy_dtype
 from surgery.checkpoint.files import sha256_file
 from surgery.checkpoint.layout import extended_index
 from surgery.checkpoint.parallel import Advance, Progress, in_parallel
-from surgery.checkpoint.receipt import EDIT_PREDICATE, seal, statement
+from surgery.checkpoint.receipt import EDIT_PREDICATE, open_receipt, seal, statement
 from surgery.checkpoint.staging import refuse_inside
 from surgery.checkpoint.stream import Copied, Patch, copy
 from surgery.editor import Editor, bands, row_bytes
@@ -89,6 +89,9 @@ def apply_plan(
     progress: Progress | None = None,
 ) -> Applied:
     """Writes the edited checkpoint of `plan` to folder `output`, as `apply` does."""
+    if delta is not None and _same_edit(plan, output) and resume(delta, output):
+        receipt = open_receipt(output / RECEIPT, EDIT_PREDICATE)
+        return Applied(output, plan.edited, receipt, ("ended a run that was stopped",))
     trusted = trusted_digests(plan.base) if trust_receipt else {}
     with Staging(output, (plan.base.root,)) as staging, _delta_writer(plan, delta) as writer:
         shards = _Shards(plan, Editor(plan), staging, writer, trusted, link)
@@ -109,7 +112,11 @@ def apply_plan(
         digests[RECEIPT] = staging.write(RECEIPT, seal(receipt))
         if writer is not None:
             _finish_delta(writer, plan, staging.path, base_digests, digests)
-        staging.commit()
+        try:
+            staging.commit()
+        finally:
+            if writer is not None:
+                writer.owed = staging.committed
         if writer is not None:
             writer.commit()
     notes = [*_link_notes(shards.linked, link), *_trust_notes(plan, trusted, trust_receipt)]
@@ -129,6 +136,14 @@ def _link_notes(linked: list[str], asked: bool) -> Iterator[str]:
 def _trust_notes(plan: Plan, trusted: Mapping[str, str], asked: bool) -> Iterator[str]:
     if asked:
         yield f"digests of {len(trusted)} of {len(plan.base.headers)} base shards were not computed"
+
+
+def _same_edit(plan: Plan, output: Path) -> bool:
+    """Whether `output` is there already, made by this recipe from the same files."""
+    if not (output / RECEIPT).is_file():
+        return False
+    facts = open_receipt(output / RECEIPT, EDIT_PREDICATE)["predicate"]
+    return bool(facts["recipe"]["sha256"] == plan.recipe.sha256 and facts["inputs"] == plan.inputs)
 
 
 def _delta_writer(plan: Plan, delta: Path | None) -> AbstractContextManager[DeltaWriter | None]:

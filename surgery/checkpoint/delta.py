@@ -24,11 +24,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from surgery.addresses import Region
 from surgery.checkpoint.dtypes import BITS, numpy_dtype
-from surgery.checkpoint.files import open_regular, read_exactly
+from surgery.checkpoint.files import open_regular, read_exactly, sha256_file
+from surgery.checkpoint.folder import RECEIPT
 from surgery.checkpoint.header import Header, encode_header, read_header
 from surgery.checkpoint.layout import NewTensor
 from surgery.checkpoint.sink import write_at
-from surgery.checkpoint.staging import lock
+from surgery.checkpoint.staging import lock, sync
 from surgery.errors import CheckpointError, OutputError, quote
 
 KEY = "surgery_delta"
@@ -92,15 +93,15 @@ class DeltaWriter:
     """Writes a delta while its checkpoint is written; bands of a region may come in any order.
 
     `regions` are the edited ones with their stored dtype. `finish` completes the file, `commit`
-    puts it in place; without that nothing is left of it.
+    puts it in place; without that nothing is left of it, unless it is `owed` to an output that is
+    in place already: then the finished file waits for `resume`.
     """
 
     def __init__(self, path: Path, regions: Sequence[tuple[Region, str]]) -> None:
         if path.exists() or path.is_symlink() or not path.absolute().parent.is_dir():
             raise OutputError(f"{path}: must name a new file in a folder that exists")
-        self._path = path
-        self._staged = path.with_name(f".{path.name}.staging")
-        self._lock = lock(path)
+        self.owed = False
+        self._path, self._staged = path, _staged(path)
         self._entries: dict[str, Any] = {}
         self._regions = regions
         self._size = 0
@@ -113,14 +114,23 @@ class DeltaWriter:
             for side in ("before", "after"):
                 self._place(f"{side}.{number}", dtype, region.shape)
         self._data_start = 8 + len(self._header(None)) + SLACK + 256 * len(regions)
-        self._file = os.open(self._staged, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
 
     def __enter__(self) -> DeltaWriter:
+        self._lock = lock(self._path)
+        try:
+            self._file = os.open(self._staged, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        except BaseException:
+            self._discard()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
-        self._staged.unlink(missing_ok=True)
+        self._discard()
+
+    def _discard(self) -> None:
+        if not self.owed:
+            self._staged.unlink(missing_ok=True)
         self._lock.release()
 
     def add(self, rows: Region, old: NDArray[Any], new: NDArray[Any]) -> None:
@@ -157,6 +167,8 @@ class DeltaWriter:
     def commit(self) -> None:
         """Gives the finished file its name."""
         self._staged.rename(self._path)
+        sync(self._path.absolute().parent)
+        self.owed = False
 
     def _place(self, name: str, dtype: str, shape: tuple[int, ...]) -> int:
         begin, self._size = self._size, self._size + math.prod(shape) * BITS[dtype] // 8
@@ -197,6 +209,30 @@ class DeltaWriter:
         data = read_exactly(self._file, self._data_start, self._size, str(self._staged))
         self._data_start += by
         write_at(self._file, self._data_start, data)
+
+
+def resume(path: Path, edited: Path) -> bool:
+    """Ends a run that was stopped when its output `edited` had its name and its delta had not.
+
+    True if there was such a run: the delta of the receipt in `edited` is at `path` now.
+    """
+    staged, receipt = _staged(path), edited / RECEIPT
+    if path.exists() or not staged.exists() or not receipt.is_file():
+        return False
+    with lock(path):
+        try:
+            record = Delta.open(staged).record
+        except CheckpointError:
+            return False
+        if record.edited.get(RECEIPT) != sha256_file(receipt):
+            return False
+        staged.rename(path)
+        sync(path.absolute().parent)
+    return True
+
+
+def _staged(path: Path) -> Path:
+    return path.with_name(f".{path.name}.staging")
 
 
 class _Factors:

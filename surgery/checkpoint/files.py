@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import CheckpointError, quote
+from surgery.errors import CheckpointError, EnvironmentFault, quote
 
 CHUNK = 8 << 20
 """Bytes moved at a time when files are copied or hashed."""
@@ -63,13 +63,15 @@ def _homes(root: Path) -> list[Path]:
 def open_regular(path: Path) -> Iterator[int]:
     """A read-only descriptor of the regular file `path`; never blocks on a FIFO.
 
-    Raises `CheckpointError` where it is missing, forbidden or something else.
+    Raises `CheckpointError` where it is missing, forbidden or something else, `EnvironmentFault`
+    where the machine fails.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno not in _UNUSABLE:
-            raise
+            where = quote(path, 300)
+            raise EnvironmentFault(f"{where} cannot be read: {error.strerror}") from None
         raise CheckpointError(f"{quote(path, 300)} cannot be read: {error.strerror}") from None
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -94,7 +96,10 @@ def read_into(descriptor: int, begin: int, view: memoryview, file: str) -> None:
     """Fills `view` from `begin`, as `read_exactly` does, in memory the caller has already."""
     done = 0
     while done < len(view):
-        count = os.preadv(descriptor, [view[done : done + CHUNK]], begin + done)
+        try:
+            count = os.preadv(descriptor, [view[done : done + CHUNK]], begin + done)
+        except OSError as error:
+            raise EnvironmentFault(f"{file}: cannot be read: {error.strerror}") from None
         if count == 0:
             raise CheckpointError(f"{file}: truncated at byte {begin + done} while it was read")
         done += count

@@ -141,8 +141,8 @@ class Clone(Target):
         try:
             fcntl.ioctl(self._file, FICLONE, source)
         except OSError:
-            os.close(self._file)
             path.unlink()
+            os.close(self._file)
             raise
         self._offset, self._scratch = 0, memoryview(bytearray(BUFFER))
 

@@ -14,22 +14,39 @@ from types import TracebackType
 
 from filelock import FileLock, Timeout
 
-from surgery.errors import EnvironmentFault, OutputError, quote
+from surgery.errors import EnvironmentFault, OutputError, SurgeryError, quote
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_REFUSED = frozenset(
+    {
+        errno.EACCES,
+        errno.EEXIST,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOTDIR,
+        errno.ENOTEMPTY,
+        errno.EPERM,
+        errno.EROFS,
+    }
+)
+"""What is wrong with the place and not with the machine."""
 
 
 class Staging:
     """Context manager around one output folder.
 
     On entry an empty folder is made beside `target`; `commit` syncs what was written and
-    renames it into place; leaving without a commit, for whatever reason, removes it. What a
-    killed run left beside the target is removed by the next one. Raises `OutputError` where the
-    target exists and is not empty, lies inside one of `sources`, or is being written already.
+    renames it into place, of which `committed` tells; leaving without a commit, for whatever
+    reason, removes it. What a killed run left beside the target is removed by the next one. Raises
+    `OutputError` where the target exists and is not empty, lies inside one of `sources`, or is
+    being written already.
     """
 
     def __init__(self, target: Path, sources: tuple[Path, ...] = ()) -> None:
         self.target = target.absolute()
+        self.committed = False
+        self._needed = 0
         for source in sources:
             refuse_inside(self.target, source)
         refuse_occupied(self.target)
@@ -40,15 +57,18 @@ class Staging:
         self._made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            self._sweep(parent)
+            self._sweep()
             name = tempfile.mkdtemp(prefix=f".{self.target.name}.", suffix=".staging", dir=parent)
+            self.path = Path(name)
+            # mkdtemp makes 0700; the folder shall have what the user's umask gives.
+            self.path.chmod(0o777 & ~_umask())
         except OSError as error:
-            self._remove_parents()
-            self._lock.release()
-            raise _output_error(parent, error) from None
-        self.path = Path(name)
-        # mkdtemp makes 0700; the folder shall have what the user's umask gives.
-        self.path.chmod(0o777 & ~_umask())
+            fault = self._fault(error, parent)
+            self._discard()
+            raise fault from None
+        except BaseException:
+            self._discard()
+            raise
         return self
 
     def __exit__(
@@ -57,15 +77,15 @@ class Staging:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        self._remove_parents()
-        self._lock.release()
-        if isinstance(error, OSError):
-            raise _fault(self.target, error) from error
+        # What the disk had is asked before its space is given back.
+        fault = self._fault(error, self.target) if isinstance(error, OSError) else None
+        self._discard()
+        if fault is not None:
+            raise fault from error
 
     def require(self, needed: int) -> None:
         """Raises `EnvironmentFault` unless `needed` bytes are free where the folder is made."""
-        free = shutil.disk_usage(self.path).free
+        self._needed, free = needed, shutil.disk_usage(self.path).free
         if needed > free:
             raise EnvironmentFault(
                 f"{self.target}: needs {needed} bytes, {free} are free; nothing was written"
@@ -86,18 +106,26 @@ class Staging:
         """Syncs every file and folder and renames the staged folder to its target."""
         for folder, _, files in os.walk(self.path):
             for name in [*files, "."]:
-                _sync(Path(folder) / name)
+                sync(Path(folder) / name)
         refuse_occupied(self.target)
         try:
             self.path.rename(self.target)
-        except OSError as error:
-            raise _output_error(self.target, error) from None
-        _sync(self.target.parent)
+        finally:
+            self.committed = not self.path.exists()
+        for made in (self.target, *self._made):
+            sync(made.parent)
 
-    def _sweep(self, parent: Path) -> None:
+    def _discard(self) -> None:
+        """Removes what was made and not committed, and lets go of the lock."""
+        with suppress(OSError):
+            self._sweep()
+        self._remove_parents()
+        self._lock.release()
+
+    def _sweep(self) -> None:
         """Removes staged folders of this target: under the lock, they are nobody's any more."""
         head, tail = f".{self.target.name}.", ".staging"
-        for path in parent.iterdir():
+        for path in self.target.parent.iterdir():
             random = path.name.removeprefix(head).removesuffix(tail)
             if path.name == f"{head}{random}{tail}" and re.fullmatch(r"[a-z0-9_]{8}", random):
                 shutil.rmtree(path, ignore_errors=True)
@@ -107,6 +135,20 @@ class Staging:
         with suppress(OSError):
             for folder in self._made:
                 folder.rmdir()
+
+    def _fault(self, error: OSError, place: Path) -> SurgeryError:
+        """What an error of the system means for the user."""
+        reason = f"{error.strerror or error} ({quote(error.filename or place)})"
+        if self.committed:
+            return EnvironmentFault(
+                f"{self.target}: is whole and in its place, but was not synced to the last: "
+                f"{reason}; it may be lost if the machine stops now"
+            )
+        if error.errno in _REFUSED:
+            return OutputError(f"{place}: cannot be written: {error.strerror}; name another output")
+        if error.errno in _FULL:
+            reason = _space(_existing(self.target), self._needed)
+        return EnvironmentFault(f"{self.target}: failed: {reason}; nothing was written")
 
 
 def lock(target: Path) -> FileLock:
@@ -141,18 +183,14 @@ def refuse_occupied(target: Path) -> None:
         raise OutputError(f"{target}: exists and is not empty; name another output")
 
 
-def _fault(target: Path, error: OSError) -> EnvironmentFault:
-    if error.errno not in _FULL:
-        reason = f"{error.strerror or error} ({quote(error.filename or target)})"
-        return EnvironmentFault(f"{target}: failed: {reason}; nothing was written")
-    free = shutil.disk_usage(_existing(target)).free
-    return EnvironmentFault(f"{target}: disk full, {free} bytes are free; nothing was written")
-
-
-def _output_error(path: Path, error: OSError) -> Exception:
-    if error.errno in _FULL:
-        return EnvironmentFault(f"{path}: disk full; nothing was written")
-    return OutputError(f"{path}: cannot be written: {error.strerror}; name another output")
+def _space(folder: Path, needed: int) -> str:
+    """What a full disk lacks: bytes or, with bytes left, inodes."""
+    found = os.statvfs(folder)
+    if found.f_files and not found.f_favail:
+        return "disk full: no inodes are left for more files"
+    free = found.f_bavail * found.f_frsize
+    wanted = f"{needed} bytes are needed, " if needed else ""
+    return f"disk full: {wanted}{free} were free when it failed"
 
 
 def _existing(path: Path) -> Path:
@@ -166,7 +204,8 @@ def _umask() -> int:
     return mask
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Syncs a file or a folder: its contents, or the names in it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

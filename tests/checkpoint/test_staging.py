@@ -135,7 +135,7 @@ def test_a_full_disk_is_an_environment_fault_and_leaves_nothing(
         raise OSError(code, "full")
 
     recipe = write_recipe(tmp_path, [HEADS])
-    monkeypatch.setattr(surgery.checkpoint.staging, "_sync", full)
+    monkeypatch.setattr(surgery.checkpoint.staging, "sync", full)
     with pytest.raises(EnvironmentFault, match="disk full"):
         apply(recipe, base_of("gpt2"), tmp_path / "out")
     assert names(tmp_path) == ["recipe.json"]
