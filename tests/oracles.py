@@ -38,7 +38,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def logits(model: Any, *, left: bool = True) -> np.ndarray[Any, Any]:
-    """Logits [real positions, vocab] on a right- and, with `left`, a left-padded batch, in float64."""
+    """Logits [real positions, vocab] in float64, on a batch padded right and, with `left`, left."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 101, (3, 7), generator=generator)
     right = torch.arange(7)[None] < torch.tensor([7, 4, 2])[:, None]

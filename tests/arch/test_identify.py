@@ -109,7 +109,7 @@ def test_old_gpt2_files_carry_mask_buffers(base_of: Callable[..., Path], tmp_pat
         (
             "llama",
             {"model_type": "mamba"},
-            "'mamba' is not supported; nearest: llama; supported: bert",
+            "'mamba' is not supported; nearest: llama; supp",
         ),
         ("llama", {"model_type": None}, "model_type"),
         ("llama", {"model_type": ["llama"]}, "model_type"),
