@@ -80,9 +80,10 @@ class SaeFields(Fields):
                 return _steer(sae, arch, self.strength * rows.sum(axis=0))
         if self.patch == "z_project":
             return ZProject(basis(rows), self.strength, sae.layer)
-        _check_stream_norms(arch, self.approximate)
         whole = self.layers in (None, "all")
         layers = parse_layers("all" if self.layers is None else self.layers, arch.layers)
+        if not self.approximate:
+            _refuse_norms(arch, layers, whole)
         return Orthogonalize(basis(rows), self.strength, layers, whole)
 
 
@@ -109,6 +110,8 @@ def _centered(rows: Vectors) -> Vectors:
 def _check_hook(sae: Sae, arch: Architecture, patch: str) -> None:
     hooks = {"orthogonalize": STREAM_HOOKS, "z_project": (Z_HOOK,)}
     expected = hooks.get(patch, tuple(arch.facts.steer))
+    if not expected:
+        raise EditError(f"{arch.family} has no bias that could hold this steering")
     if sae.hook not in expected:
         raise EditError(
             f"{sae.weights.parent}: hooks {quote(sae.hook)}; {patch} on {arch.family} needs one of "
@@ -126,12 +129,14 @@ def _check_hook(sae: Sae, arch: Architecture, patch: str) -> None:
         )
 
 
-def _check_stream_norms(arch: Architecture, approximate: bool) -> None:
-    if arch.facts.post_norm and not approximate:
-        raise EditError(
-            f"orthogonalize is not exact on {arch.family}, which normalises after each write; "
-            "say approximate: true to do it all the same"
-        )
+def _refuse_norms(arch: Architecture, layers: tuple[int, ...], embeddings: bool) -> None:
+    """Raises `EditError` where something rescales what a matrix writes."""
+    for writer in arch.writers(layers, embeddings):
+        if writer.norm is not None:
+            raise EditError(
+                f"orthogonalize is not exact on {arch.family}, which normalises what "
+                f"{quote(writer.tensor)} writes; say approximate: true to do it all the same"
+            )
 
 
 @dataclass(frozen=True)
