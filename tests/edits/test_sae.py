@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from recipes import apply_edits, editor_of, make_sae, sae_edit, stored
 
 from surgery.addresses import Region
-from surgery.edits.sae import basis, project
+from surgery.edits.projection import basis, project
 
 
 @given(seed=st.integers(0, 99), count=st.integers(1, 5), width=st.integers(5, 9))
@@ -37,10 +37,10 @@ def test_a_full_projection_leaves_nothing_along_any_feature(axis: int) -> None:
     rng = np.random.default_rng(0)
     rows, slab = rng.normal(size=(3, 8)), rng.normal(size=(8, 8))
     q, whole = basis(rows), Region.whole("w", slab.shape)
-    along_rows = q.T @ slab if axis == 0 else None
-    left = project(slab, q, 1.0, whole, along_rows)
+    along = q.T @ slab if axis == 0 else None
+    left = project(slab, q, 1.0, whole, along)
     assert np.abs(np.tensordot(rows, left, axes=(1, axis))).max() < 1e-12
-    half = project(slab, q, 0.5, whole, along_rows)
+    half = project(slab, q, 0.5, whole, along)
     assert np.allclose(half, (slab + left) / 2)
 
 
