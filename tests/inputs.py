@@ -86,6 +86,11 @@ def write_factors(folder: Path, base: Path) -> None:
     save_file(factors, folder / "uv.safetensors")
 
 
+def write_vector(folder: Path, base: Path) -> None:
+    """A direction of the residual stream, not of norm 1."""
+    save_file({"d": random(32, size=3.0)}, folder / "d.safetensors")
+
+
 def write_adapter(folder: Path, base: Path, **config: Any) -> None:
     """A PEFT adapter of rank 4 (8 in the MLP of layer 0) for three kinds of modules."""
     family, tensors = family_of(base), {}

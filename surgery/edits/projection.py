@@ -95,10 +95,10 @@ class OutputProjection(Edit):
             for w in self.writers(arch)
         )
 
-    def prepare(self, arch: Architecture, reader: Reader) -> dict[str, Vectors | None]:
+    def prepare(self, arch: Architecture, reader: Reader) -> Mapping[str, Any]:
         return {w.tensor: along_rows(w.tensor, self.q, w.axis, reader) for w in self.writers(arch)}
 
-    def transform(self, slab: Array, where: Region, state: dict[str, Vectors | None]) -> Array:
+    def transform(self, slab: Array, where: Region, state: Any) -> Array:
         return project(slab, self.q, self.strength, where, state[where.tensor])
 
     @contextmanager

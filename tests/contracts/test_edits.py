@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inputs import SQUARE, write_adapter, write_box, write_factors, write_patch
+from inputs import SQUARE, write_adapter, write_box, write_factors, write_patch, write_vector
 from models import FAMILIES
 from oracles import assert_equivalent, assert_rounded_once, edited_logits, load_model, logits
 from recipes import HEADS, NEURONS, apply_edits, editor_of, make_sae, plan_of, sae_edit
@@ -44,7 +44,18 @@ class Case:
 
     def __str__(self) -> str:
         op = self.edit.get("patch", self.edit["op"])
-        keys = {"op", "sae", "patch", "features", "heads", "neurons", "file", "adapter", "at"}
+        keys = {
+            "op",
+            "sae",
+            "patch",
+            "features",
+            "heads",
+            "neurons",
+            "file",
+            "adapter",
+            "at",
+            "vector",
+        }
         rest = [f"{k}={v}" for k, v in self.edit.items() if k not in keys]
         return "-".join([self.family, op, self.hook.replace("blocks.", ""), *rest])
 
@@ -121,7 +132,37 @@ def written_cases() -> Iterator[Case]:
         yield Case(family, {"op": "lora", "adapter": "adapter"}, files=write_adapter, untie=True)
 
 
-CASES = [*scaling_cases(), *projection_cases(), *steering_cases(), *written_cases()]
+def direction_cases() -> Iterator[Case]:
+    vector = {"vector": {"file": "d.safetensors", "key": "d"}}
+    edit = {"op": "direction", **vector}
+    for family in FAMILIES:
+        allow = {"approximate": True} if family == "bert" else {}
+        for more in (
+            {},
+            {"strength": 0.5, "layers": [1]},
+            {"keep_norms": "columns"},
+            {"keep_norms": "columns", "strength": -0.5, "matrices": ["down_proj", "embed"]},
+            {"matrices": ["o_proj"], "layers": "0-1"},
+        ):
+            yield Case(family, {**edit, **allow, **more}, files=write_vector, untie=True)
+    yield Case("bert", edit, refused="direction is not exact on bert", files=write_vector)
+
+
+def layer_cases() -> Iterator[Case]:
+    for family in FAMILIES:
+        for part, factor in (("attn", 0.0), ("mlp", -0.5), ("both", 2.0)):
+            yield Case(family, {"op": "layers", "layers": [1], "part": part, "factor": factor})
+        yield Case(family, {"op": "layers", "layers": "0-1"})
+
+
+CASES = [
+    *scaling_cases(),
+    *projection_cases(),
+    *steering_cases(),
+    *written_cases(),
+    *direction_cases(),
+    *layer_cases(),
+]
 MEANT = [case for case in CASES if not case.refused]
 REFUSED = [case for case in CASES if case.refused]
 
@@ -162,6 +203,8 @@ BY_DTYPE = [
     Case("llama", sae_edit("steer_bias"), "blocks.0.hook_mlp_out"),
     Case("gpt2", sae_edit("steer_bias"), "blocks.0.attn.hook_z"),
     *(case for case in written_cases() if case.family in ("gpt2", "qwen3")),
+    *(case for case in direction_cases() if case.family in ("gpt2", "llama")),
+    Case("bert", {"op": "layers", "layers": [0], "factor": 0.3}),
 ]
 
 
