@@ -16,7 +16,7 @@ from surgery.arch.roles import Role
 from surgery.arch.settings import Settings
 from surgery.arch.sizes import evaluate, read_sizes
 from surgery.checkpoint import Checkpoint, TensorInfo
-from surgery.errors import ArchitectureError, quote
+from surgery.errors import ArchitectureError, describe, quote
 
 
 def identify(checkpoint: Checkpoint) -> Architecture:
@@ -101,7 +101,7 @@ def _naming(facts: FamilyFacts, tensors: Mapping[str, TensorInfo]) -> Naming:
             return Naming(prefix, norms)
     expected = Naming(facts.prefixes[0]).tensor(embed, None, "weight")
     raise ArchitectureError(
-        f"a {facts.model_type} checkpoint must have {expected!r}; found {_describe(tensors)}"
+        f"a {facts.model_type} checkpoint must have {expected!r}; found {describe(tensors)}"
     )
 
 
@@ -162,7 +162,7 @@ class _Family:
         self._refuse_unclaimed(checkpoint.tensors, roles)
         missing = [n for n, r in roles.items() if n not in checkpoint.tensors and self._needed(r)]
         if missing:
-            raise ArchitectureError(f"lacks {_describe(missing)}")
+            raise ArchitectureError(f"lacks {describe(missing)}")
         for name, role in roles.items():
             if name in checkpoint.tensors:
                 self._check_shape(checkpoint.tensors[name], role)
@@ -182,7 +182,7 @@ class _Family:
         ]
         if unclaimed:
             raise ArchitectureError(
-                f"no role of {self.facts.model_type} claims {_describe(unclaimed)}; "
+                f"no role of {self.facts.model_type} claims {describe(unclaimed)}; "
                 "this variant of the family is not supported"
             )
 
@@ -209,10 +209,3 @@ def _is_causal(facts: FamilyFacts, checkpoint: Checkpoint) -> bool:
     named = checkpoint.config.get("architectures")
     names = [str(name) for name in named] if isinstance(named, list) else []
     return facts.kind == "decoder" and any("ForCausalLM" in name for name in names)
-
-
-def _describe(names: Iterable[str], limit: int = 3) -> str:
-    """The first few of `names`, escaped, for a message."""
-    listed = list(names)
-    shown = ", ".join(quote(name) for name in listed[:limit])
-    return shown if len(listed) <= limit else f"{shown} and {len(listed) - limit} more"

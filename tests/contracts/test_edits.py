@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import MODELS
+from inputs import SQUARE, write_adapter, write_box, write_factors, write_patch, write_vector
+from models import FAMILIES, MODELS
 from oracles import assert_equivalent, assert_rounded_once, edited_logits, load_model, logits
 from recipes import HEADS, NEURONS, apply_edits, editor_of, make_sae, plan_of, sae_edit
 
@@ -61,15 +62,29 @@ class Case:
     refused: str = ""
     untie: bool = False
     config: dict[str, Any] = field(default_factory=dict)
+    files: Callable[[Path, Path], None] | None = None
 
     def __str__(self) -> str:
         op = self.edit.get("patch", self.edit["op"])
-        keys = {"op", "sae", "patch", "features", "heads", "neurons"}
+        keys = {
+            "op",
+            "sae",
+            "patch",
+            "features",
+            "heads",
+            "neurons",
+            "file",
+            "adapter",
+            "at",
+            "vector",
+        }
         rest = [f"{k}={v}" for k, v in self.edit.items() if k not in keys]
         return "-".join([self.model, op, self.hook.replace("blocks.", ""), *rest])
 
-    def prepare(self, folder: Path) -> dict[str, Any]:
-        """Writes the autoencoder the edit reads; returns the fields of its recipe."""
+    def prepare(self, folder: Path, base: Path) -> dict[str, Any]:
+        """Writes the files the edit reads for the model `base`; returns the recipe's fields."""
+        if self.files is not None:
+            self.files(folder, base)
         if self.hook:
             width = Z_WIDTH[self.model] if self.hook.endswith("hook_z") else WIDTH
             make_sae(folder / "sae", self.hook, width)
@@ -138,7 +153,48 @@ def steering_refusal(model: str, hook: str, layer: int) -> str:
     return f"{family} has no bias at blocks.0" if first else ""
 
 
-CASES = [*scaling_cases(), *projection_cases(), *steering_cases()]
+def written_cases() -> Iterator[Case]:
+    for family in FAMILIES:
+        at = {SQUARE[family].format(1): [3, 5]}
+        yield Case(family, {"op": "tensor", "file": "patch.safetensors"}, files=write_patch)
+        yield Case(family, {"op": "tensor", "file": "box.safetensors", "at": at}, files=write_box)
+        for scale in (1.0, -0.5):
+            edit = {"op": "low_rank", "file": "uv.safetensors", "scale": scale}
+            yield Case(family, edit, files=write_factors, untie=True)
+        yield Case(family, {"op": "lora", "adapter": "adapter"}, files=write_adapter, untie=True)
+
+
+def direction_cases() -> Iterator[Case]:
+    vector = {"vector": {"file": "d.safetensors", "key": "d"}}
+    edit = {"op": "direction", **vector}
+    for family in FAMILIES:
+        allow = {"approximate": True} if family == "bert" else {}
+        for more in (
+            {},
+            {"strength": 0.5, "layers": [1]},
+            {"keep_norms": "columns"},
+            {"keep_norms": "columns", "strength": -0.5, "matrices": ["down_proj", "embed"]},
+            {"matrices": ["o_proj"], "layers": "0-1"},
+        ):
+            yield Case(family, {**edit, **allow, **more}, files=write_vector, untie=True)
+    yield Case("bert", edit, refused="direction is not exact on bert", files=write_vector)
+
+
+def layer_cases() -> Iterator[Case]:
+    for family in FAMILIES:
+        for part, factor in (("attn", 0.0), ("mlp", -0.5), ("both", 2.0)):
+            yield Case(family, {"op": "layers", "layers": [1], "part": part, "factor": factor})
+        yield Case(family, {"op": "layers", "layers": "0-1"})
+
+
+CASES = [
+    *scaling_cases(),
+    *projection_cases(),
+    *steering_cases(),
+    *written_cases(),
+    *direction_cases(),
+    *layer_cases(),
+]
 MEANT = [case for case in CASES if not case.refused]
 REFUSED = [case for case in CASES if case.refused]
 
@@ -152,7 +208,7 @@ def test_every_registered_op_is_tried_on_every_model() -> None:
 def test_edited_weights_do_what_the_hook_does(
     case: Case, base_of: Callable[..., Path], tmp_path: Path
 ) -> None:
-    fields = case.prepare(tmp_path)
+    fields = case.prepare(tmp_path, base_of(case.model))
     editor = editor_of(tmp_path, base_of(case.model), **fields)
     assert_equivalent(editor, tmp_path / "out")
     assert_rounded_once(editor, tmp_path / "out")
@@ -164,7 +220,7 @@ def test_edited_weights_do_what_the_hook_does(
 def test_an_edit_without_meaning_says_why(
     case: Case, base_of: Callable[..., Path], tmp_path: Path
 ) -> None:
-    fields = case.prepare(tmp_path)
+    fields = case.prepare(tmp_path, base_of(case.model))
     with pytest.raises(EditError) as caught:
         plan_of(tmp_path, base_of(case.model), **fields)
     assert case.refused in str(caught.value)
@@ -178,6 +234,9 @@ BY_DTYPE = [
     Case("qwen3", sae_edit("z_project"), "blocks.1.attn.hook_z"),
     Case("llama", sae_edit("steer_bias"), "blocks.0.hook_mlp_out"),
     Case("gpt2", sae_edit("steer_bias"), "blocks.0.attn.hook_z"),
+    *(case for case in written_cases() if case.model in ("gpt2", "qwen3")),
+    *(case for case in direction_cases() if case.model in ("gpt2", "llama")),
+    Case("bert", {"op": "layers", "layers": [0], "factor": 0.3}),
 ]
 
 
@@ -186,7 +245,7 @@ BY_DTYPE = [
 def test_it_holds_in_every_storage_type(
     case: Case, dtype: str, base_of: Callable[..., Path], tmp_path: Path
 ) -> None:
-    fields = case.prepare(tmp_path)
+    fields = case.prepare(tmp_path, base_of(case.model, dtype))
     editor = editor_of(tmp_path, base_of(case.model, dtype), **fields)
     assert_equivalent(editor, tmp_path / "out")
     assert_rounded_once(editor, tmp_path / "out")
@@ -225,7 +284,7 @@ def test_added_tensors_load_in_stock_transformers(
     case: Case, base_of: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Storage is float32, so what stock transformers loads is what was computed."""
-    fields = case.prepare(tmp_path)
+    fields = case.prepare(tmp_path, base_of(case.model))
     editor = editor_of(tmp_path, base_of(case.model), **fields)
     assert editor.plan.added
     expected = edited_logits(editor, tmp_path / "out")
