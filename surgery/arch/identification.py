@@ -85,7 +85,7 @@ def _refuse_variants(facts: FamilyFacts, settings: Settings) -> None:
         )
     for refused in facts.refuse:
         if settings.matches(refused.when):
-            found = ", ".join(f"{key} {quote(settings.get(key))}" for key in refused.when)
+            found = ", ".join(f"{key} {ascii(settings.get(key))[:40]}" for key in refused.when)
             raise ArchitectureError(
                 f"config.json: this variant of {facts.model_type} ({found}) is not supported: "
                 f"{refused.reason}"

@@ -63,7 +63,11 @@ def test_a_part_of_a_head_is_read_by_its_heads_alone(live: Live, part: str, padd
         edited = live.scaled([band.region for band in bands])
         after = heads_of(live, inputs_of(live, edited, "o_proj", 0, padded))[REAL]
         changed = [h for h in range(HEADS) if (after[:, h] - before[:, h]).abs().max() > 1e-5]
-        assert changed == ([head] if part == "q" else group_of(live, head))
+        group = group_of(live, head)
+        assert changed == ([head] if part == "q" else group)
+        assert [live.arch.kv_group(Head(0, h)) for h in group] == [group[0] // len(group)] * len(
+            group
+        )
         still = [h for h in range(HEADS) if h not in changed]
         assert torch.allclose(after[:, still], before[:, still], atol=1e-6)
         if part == "v":
