@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from models import config_of
+from models import config_of, make
 from safetensors.numpy import save_file
 
 from surgery.checkpoint import Checkpoint
@@ -89,6 +89,14 @@ def write_factors(folder: Path, base: Path) -> None:
 def write_vector(folder: Path, base: Path) -> None:
     """A direction of the residual stream, not of norm 1."""
     save_file({"d": random(32, size=3.0)}, folder / "d.safetensors")
+
+
+def write_partners(folder: Path, base: Path) -> None:
+    """Two more random models like `base`, in the folders `other` and `third`."""
+    dtype = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+    stored = next(iter(Checkpoint.open(base).tensors.values())).dtype
+    for seed, name in ((1, "other"), (2, "third")):
+        make(family_of(base), folder / name, seed, dtype[stored])
 
 
 def write_adapter(folder: Path, base: Path, **config: Any) -> None:

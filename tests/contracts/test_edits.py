@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inputs import SQUARE, write_adapter, write_box, write_factors, write_patch, write_vector
+from inputs import (
+    SQUARE,
+    write_adapter,
+    write_box,
+    write_factors,
+    write_partners,
+    write_patch,
+    write_vector,
+)
 from models import FAMILIES, MODELS
 from oracles import assert_equivalent, assert_rounded_once, edited_logits, load_model, logits
 from recipes import HEADS, NEURONS, apply_edits, editor_of, make_sae, plan_of, sae_edit
@@ -187,6 +195,19 @@ def layer_cases() -> Iterator[Case]:
         yield Case(family, {"op": "layers", "layers": "0-1"})
 
 
+def merge_cases() -> Iterator[Case]:
+    one = {"op": "merge", "with": [{"model": "other", "weight": 0.4}]}
+    two = {**one, "with": [*one["with"], {"model": "third", "weight": 0.3}]}
+    for family in FAMILIES:
+        for edit in (
+            {**one, "include": ["*.1.*"], "exclude": ["*norm*"]},
+            {**two, "method": "task_arithmetic"},
+            {**one, "method": "slerp"},
+            {**two, "method": "ties", "density": 0.3},
+        ):
+            yield Case(family, edit, files=write_partners)
+
+
 CASES = [
     *scaling_cases(),
     *projection_cases(),
@@ -194,6 +215,7 @@ CASES = [
     *written_cases(),
     *direction_cases(),
     *layer_cases(),
+    *merge_cases(),
 ]
 MEANT = [case for case in CASES if not case.refused]
 REFUSED = [case for case in CASES if case.refused]
@@ -237,6 +259,7 @@ BY_DTYPE = [
     *(case for case in written_cases() if case.model in ("gpt2", "qwen3")),
     *(case for case in direction_cases() if case.model in ("gpt2", "llama")),
     Case("bert", {"op": "layers", "layers": [0], "factor": 0.3}),
+    *(case for case in merge_cases() if case.model == "qwen3"),
 ]
 
 

@@ -24,6 +24,7 @@ O_PROJ = {
 }
 DOWN = {"gpt2": "transformer.h.0.mlp.c_proj.weight", "llama": "model.layers.0.mlp.down_proj.weight"}
 DIRECTION = {"op": "direction", "vector": {"file": "d.safetensors", "key": "d"}}
+NOTHING_OF_IT = {"model": "other", "weight": 0}
 NO_OPS = {
     "heads": ("", {**HEADS, "factor": 1.0}),
     "neurons": ("", {**NEURONS, "factor": 1}),
@@ -35,6 +36,10 @@ NO_OPS = {
     "direction": ("", {**DIRECTION, "strength": 0}),
     "direction, norms kept": ("", {**DIRECTION, "strength": -0.0, "keep_norms": "columns"}),
     "layers": ("", {"op": "layers", "layers": "all", "factor": 1}),
+    **{
+        f"merge, {method}": ("", {"op": "merge", "with": [NOTHING_OF_IT], "method": method})
+        for method in ("linear", "task_arithmetic", "slerp", "ties")
+    },
     "steer_bias -0": ("blocks.0.attn.hook_z", sae_edit("steer_bias", strength=-0.0)),
 }
 WRITE = {
@@ -77,6 +82,8 @@ def test_an_edit_that_does_nothing_writes_the_same_file(
     hook, edit = NO_OPS[name]
     if hook:
         make_sae(tmp_path / "sae", hook, 32)
+    if name.startswith("merge"):
+        planted(base_of("gpt2", dtype), tmp_path / "other", dtype, seed=1)
     if name in WRITE:
         WRITE[name](tmp_path, base)
     untie = name in UNTYING
