@@ -1,4 +1,4 @@
-"""How parts of a model are named: `L9H6`, `L12N77`, layer sets, and regions of a tensor."""
+"""How parts of a model are named: `L9H6`, `L12N77`, `L3E5N17`, layer sets, regions of a tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from surgery.errors import RecipeError, quote
 
 _HEAD = re.compile(r"L(\d{1,6})H(\d{1,6})")
-_NEURON = re.compile(r"L(\d{1,6})N(\d{1,9})")
+_NEURON = re.compile(r"L(\d{1,6})(?:E(\d{1,6}))?N(\d{1,9})")
 _RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
 
 
@@ -26,13 +26,18 @@ class Head:
 
 @dataclass(frozen=True, order=True)
 class Neuron:
-    """MLP neuron `neuron` of layer `layer`, both from 0: one input of the down projection."""
+    """MLP neuron `neuron` of layer `layer`, both from 0: one input of the down projection.
+
+    In a layer with experts, it is one of expert `expert`, from 0 too.
+    """
 
     layer: int
     neuron: int
+    expert: int | None = None
 
     def __str__(self) -> str:
-        return f"L{self.layer}N{self.neuron}"
+        expert = "" if self.expert is None else f"E{self.expert}"
+        return f"L{self.layer}{expert}N{self.neuron}"
 
 
 def parse_head(text: str) -> Head:
@@ -44,11 +49,14 @@ def parse_head(text: str) -> Head:
 
 
 def parse_neuron(text: str) -> Neuron:
-    """`"L12N77"` as a `Neuron`; raises `RecipeError`."""
+    """`"L12N77"`, or `"L3E5N17"` of an expert, as a `Neuron`; raises `RecipeError`."""
     match = _NEURON.fullmatch(text)
     if match is None:
-        raise RecipeError(f"not a neuron address: {quote(text)}; expected one like L12N77")
-    return Neuron(int(match[1]), int(match[2]))
+        raise RecipeError(
+            f"not a neuron address: {quote(text)}; expected one like L12N77, with experts L3E5N17"
+        )
+    expert = None if match[2] is None else int(match[2])
+    return Neuron(int(match[1]), int(match[3]), expert)
 
 
 def parse_layers(layers: str | list[int] | tuple[int, ...], count: int) -> tuple[int, ...]:

@@ -21,6 +21,8 @@ A message is one line that says what, where, what was expected, what was found a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class SurgeryError(Exception):
     """Base of the tree; `exit_code` is what the command line returns for it."""
@@ -92,3 +94,10 @@ def quote(text: object, limit: int = 80) -> str:
     """
     literal = ascii(str(text))
     return literal if len(literal) <= limit else f"{literal[: limit - 4]}...{literal[-1]}"
+
+
+def describe(names: Iterable[str], limit: int = 3) -> str:
+    """The first few of `names`, escaped, for a message."""
+    listed = list(names)
+    shown = ", ".join(quote(name) for name in listed[:limit])
+    return shown if len(listed) <= limit else f"{shown} and {len(listed) - limit} more"

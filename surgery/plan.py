@@ -170,7 +170,7 @@ def _untie(
     embed = arch.name(arch.facts.tie.embed)
     head = arch.name(arch.facts.tie.head)
     targets = _targets(recipe, arch, edits, tensors)
-    written = {target.region.tensor for _, target in targets}
+    written = {t.region.tensor for index, t in targets if not edits[index].keeps_tie()}
     if not arch.tied or not written & {embed, head}:
         return (), {}
     if not recipe.untie:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from surgery.checkpoint import CONFIG, Checkpoint
 from surgery.checkpoint.files import open_regular, sha256_file
 from surgery.documents import SchemaOne, load_yaml, read_text, validate
 from surgery.edits import OPS, Fields
@@ -87,6 +88,21 @@ class RecipeFolder:
 
     def path(self, relative: str) -> Path:
         """The real path of a file the recipe names; raises `RecipeError` if it may not be read."""
+        path = self._resolve(relative)
+        self._digest(relative, path)
+        return path
+
+    def checkpoint(self, relative: str) -> Checkpoint:
+        """The checkpoint folder the recipe names; its config and weight files are digested.
+
+        Raises `RecipeError` if it may not be read, `CheckpointError` if it is malformed.
+        """
+        checkpoint = Checkpoint.open(self._resolve(relative))
+        for file in (CONFIG, *checkpoint.weight_files):
+            self._digest(f"{relative.rstrip('/')}/{file}", checkpoint.path(file))
+        return checkpoint
+
+    def _resolve(self, relative: str) -> Path:
         source = self.recipe.source
         if "\0" in relative:
             raise RecipeError(f"{source}: {quote(relative)} is not a path")
@@ -97,9 +113,11 @@ class RecipeFolder:
                 f"{source}: {quote(relative)} leaves the recipe's folder; "
                 "copy it there or say --allow-outside"
             )
+        return path
+
+    def _digest(self, relative: str, path: Path) -> None:
         try:
             with open_regular(path):
                 self.digests[relative] = sha256_file(path)
         except CheckpointError as error:
-            raise RecipeError(f"{source}: {error}") from None
-        return path
+            raise RecipeError(f"{self.recipe.source}: {error}") from None

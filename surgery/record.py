@@ -164,7 +164,7 @@ def _edit_records(plan: Plan, steps: tuple[Step, ...]) -> list[dict[str, Any]]:
         {
             "edit": index,
             "op": plan.edits[index].op,
-            "parameters": plan.recipe.edits[index].model_dump(mode="json"),
+            "parameters": plan.recipe.edits[index].model_dump(mode="json", by_alias=True),
             "regions": [
                 [list(step.target.region.start), list(step.target.region.stop)] for step in own
             ],

@@ -13,9 +13,9 @@ from surgery.errors import RecipeError
 INDEX = st.integers(0, 999_999)
 
 
-@given(layer=INDEX, index=INDEX)
-def test_an_address_is_what_it_prints(layer: int, index: int) -> None:
-    head, neuron = Head(layer, index), Neuron(layer, index)
+@given(layer=INDEX, index=INDEX, expert=st.none() | INDEX)
+def test_an_address_is_what_it_prints(layer: int, index: int, expert: int | None) -> None:
+    head, neuron = Head(layer, index), Neuron(layer, index, expert)
     assert parse_head(str(head)) == head
     assert parse_neuron(str(neuron)) == neuron
 
@@ -30,7 +30,10 @@ def test_what_is_no_head_is_refused_in_one_line(text: str) -> None:
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("text", ["", "L1", "L1H2", "L3E5N17", "N1L1", "L1N9999999999"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "L1", "L1H2", "L3E5", "E5N1", "L3N5E17", "L3EN17", "N1L1", "L1N9999999999"],
+)
 def test_what_is_no_neuron_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="expected one like L12N77"):
         parse_neuron(text)

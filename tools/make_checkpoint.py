@@ -1,9 +1,9 @@
-"""Write a random checkpoint of any family and size: `make_checkpoint.py FAMILY OUTPUT`.
+"""Write a random checkpoint of a family and size: `make_checkpoint.py FAMILY OUTPUT`.
 
 Tensor by tensor, at about the speed of the disk and in the memory of one block: the numbers are
 windows of one block of N(0, 0.02) that is drawn once, each tensor starting elsewhere in it. Norms
 are ones, their biases zeros. Names, shapes and config fields come from the family's facts
-(surgery/arch/families/), so that a family added there can be made here.
+(surgery/arch/families/); `CLASSES` lists those that can be made here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import numpy as np
 
 from surgery.arch import FAMILIES
 from surgery.arch.facts import FamilyFacts, ModuleFact, load_facts
-from surgery.arch.interface import evaluate, tensor_name
+from surgery.arch.naming import Naming
+from surgery.arch.sizes import evaluate
 from surgery.checkpoint import CONFIG, INDEX, SINGLE
 from surgery.checkpoint.header import encode_header
 
@@ -55,7 +56,12 @@ BLOCK_ELEMENTS = 4_000_037
 """Odd, and no multiple of any width: rows that repeat the block do not repeat each other."""
 OPTIONAL = ("mlm_transform", "mlm_norm", "mlm_bias")
 """Optional modules that are written: a BERT is made as one with its masked-LM head."""
-CLASSES = {"gpt2": "GPT2LMHeadModel", "bert": "BertForMaskedLM"}
+CLASSES = {
+    "bert": "BertForMaskedLM",
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ def resolve_sizes(facts: FamilyFacts, given: dict[str, int]) -> dict[str, int]:
     """Every size of the family: as given, else small, else as the family has it by default."""
     sizes: dict[str, int] = {}
     for name, fact in facts.sizes.items():
-        if name in given and fact.key is None:
+        if name in given and not fact.keys:
             raise SystemExit(f"a {facts.model_type} config has no field for {name}")
         sizes[name] = evaluate(given.get(name, SMALL.get(name, fact.default)), sizes)
     if sizes["heads"] % sizes["kv_heads"]:
@@ -89,9 +95,9 @@ def make_config(facts: FamilyFacts, sizes: dict[str, int], dtype: str) -> dict[s
     """A config.json that stock transformers loads."""
     family = facts.model_type
     return {
-        "architectures": [CLASSES.get(family, f"{family.capitalize()}ForCausalLM")],
+        "architectures": [CLASSES[family]],
         "model_type": family,
-        **{fact.key: sizes[name] for name, fact in facts.sizes.items() if fact.key},
+        **{fact.keys[0]: sizes[name] for name, fact in facts.sizes.items() if fact.keys},
         "tie_word_embeddings": facts.tie.default,
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -125,7 +131,7 @@ def _tensors_of(
 ) -> Iterator[Tensor]:
     module = facts.modules[role]
     for kind in _kinds(module):
-        name = tensor_name(module, facts.prefixes[0], layer, kind)
+        name = Naming(facts.prefixes[0]).tensor(module, layer, kind)
         names = module.weight_shape() if kind == "weight" else module.bias_shape()
         fill = {"weight": "ones", "bias": "zeros"}[kind] if module.type == "norm" else "random"
         yield Tensor(name, tuple(evaluate(size, sizes) for size in names), fill)
@@ -195,7 +201,7 @@ def write_checkpoint(
     family: str, output: Path, given: dict[str, int], *, dtype: str, shards: int, seed: int
 ) -> int:
     """Writes the new folder `output`; returns the bytes of its weights."""
-    facts = load_facts(FAMILIES[family])
+    facts = load_facts(FAMILIES[family], {})
     sizes = resolve_sizes(facts, given)
     parts = shard(list(tensors(facts, sizes)), shards)
     writer = Writer(dtype, seed)
@@ -222,7 +228,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("family", choices=CLASSES)
     parser.add_argument("output", type=Path, help="a new folder")
     parser.add_argument("--preset", choices=PRESETS, help="sizes; single options go before it")
     for size in SIZES:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib import resources
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from surgery.arch.settings import Condition, Settings, Value
 
 
 class _Facts(BaseModel):
@@ -14,11 +17,16 @@ class _Facts(BaseModel):
 
 
 class SizeFact(_Facts):
-    """A size read from `config.json` under `key`, else `default`: a number, or the name of
-    another size, or two of them joined by `*` or `//`."""
+    """A size: the field of `config.json` named by the first of `keys` that is there, else
+    `default`, an expression in the sizes before it (see `sizes.evaluate`).
 
-    key: str | None = None
+    `null` is what an explicit null means, where not the default; `least` the smallest value.
+    """
+
+    keys: list[str] = []
     default: int | str
+    null: int | str | None = None
+    least: int = 1
 
 
 class TieFact(_Facts):
@@ -33,14 +41,31 @@ class TieFact(_Facts):
     bias: str | None = None
 
 
+class LiveFact(_Facts):
+    """Where transformers keeps a module in memory, if not under its name in the file.
+
+    `parameter` holds the weight; of a tensor with `part` [i, n] it is the i-th of n equal parts
+    along the first axis. The first axis of a stack of experts is the expert.
+    """
+
+    path: str
+    parameter: str = "weight"
+    part: tuple[int, int] | None = Field(None, strict=False)
+
+
 class ModuleFact(_Facts):
     """One module: where it is, how its weight lies on disk, and what it does to the stream.
 
-    `type` fixes the axes: `linear` weights are [out, in], `conv1d` weights [in, out],
-    `embedding` weights [rows, width], `norm` weights and biases [size], `bias` is a lone
-    parameter. `bias` is true, false, "optional", or the config field that turns it on in every
-    layer. `writes`: its output is added to the residual stream. `root`: the path starts at the
-    model with its head, not at the base model.
+    `path` has a `{layer}` inside blocks and an `{expert}` where each expert has one. `type` fixes
+    the axes: `linear` weights are [out, in], `conv1d` weights [in, out], `embedding` weights
+    [rows, width], `norm` weights and biases [size], `bias` is a lone parameter. `bias` is true,
+    false, "optional", or the config field that turns it on in every layer.
+
+    `reads`: its input is the residual stream; `writes`: its output is added to it; `norm` is the
+    role of the norm between the matrix and the stream, if there is one. A fused projection names
+    its `parts` in order, each with its size, and how they lie along the output in `layout` (see
+    `heads`). `root`: the path starts at the model with its head, not at the base model. `blocks`:
+    in which blocks it is, where dense and sparse ones alternate.
     """
 
     path: str
@@ -50,17 +75,26 @@ class ModuleFact(_Facts):
     rows: str = "vocab"
     size: str = "width"
     bias: bool | str = False
+    reads: bool = False
     writes: bool = False
+    norm: str | None = None
     root: bool = False
     optional: bool = False
-    parts: list[str] = []
+    parts: dict[str, str] = {}
+    layout: Literal["blocks", "groups"] = "blocks"
+    blocks: Literal["all", "dense", "sparse"] = "all"
+    live: LiveFact | None = None
 
     @property
     def per_layer(self) -> bool:
         return "{layer}" in self.path
 
+    @property
+    def per_expert(self) -> bool:
+        return "{expert}" in self.path
+
     def weight_shape(self) -> tuple[str, ...]:
-        """The weight's shape in names of sizes, in stored order."""
+        """The weight's shape in expressions of sizes, in stored order."""
         return {
             "linear": (self.out, self.inputs),
             "conv1d": (self.inputs, self.out),
@@ -86,24 +120,117 @@ class SteerFact(_Facts):
     through: str | None = None
 
 
+class RefuseFact(_Facts):
+    """A variant that is not described: configs that match `when` are refused with `reason`."""
+
+    when: Condition
+    reason: str
+
+
+class RotaryFact(_Facts):
+    """How many dimensions of a head are rotated: `dims`, an expression in sizes, times the
+    fraction in the first of the config fields `keys` that is there, else `fraction`."""
+
+    dims: str = "head_dim"
+    keys: list[str] = []
+    fraction: float = 1.0
+
+
+class ActivationFact(_Facts):
+    """The MLP's activation: the config field `key`, where there is one, else `default`.
+
+    `means` maps a legacy name to what transformers computes for it.
+    """
+
+    key: str | None = None
+    default: str
+    means: dict[str, str] = {}
+
+
+class ExpertsFact(_Facts):
+    """Which blocks have experts: every `step`-th (a config field), from the first whose number
+    counted from 1 is a multiple of it, but for the layers listed in config field `dense`."""
+
+    step: str | None = None
+    dense: str | None = None
+
+
+class PruneFact(_Facts):
+    """Whether a config of the family can say that heads were removed.
+
+    `free`: any number of heads beside an explicit head_dim; `divisor`: the config class insists
+    that the number of heads divides the width; `never`: the head's size follows from the width
+    and the number of heads, so no config describes fewer heads of the same size.
+    """
+
+    heads: Literal["free", "divisor", "never"]
+    reason: str
+
+
 class FamilyFacts(_Facts):
-    """Everything the package knows about one family."""
+    """Everything the package knows about one family, as one config of it has it.
+
+    `defaults` are config fields that facts consult and files may leave out, by their dotted path.
+    `norms` lie before attention and MLP (`pre`), after what they add (`post`), or `both`.
+    `norm_offset` is added to a norm's weight before it scales. `parallel`: attention and MLP read
+    the same stream. `aliases` maps how old files call a norm's parameters to their names.
+    """
 
     model_type: str
     kind: Literal["decoder", "encoder"]
     prefixes: list[str]
     tie: TieFact
+    defaults: dict[str, Value | list[int] | None] = {}
     sizes: dict[str, SizeFact]
-    refuse: dict[str, str]
+    refuse: list[RefuseFact] = []
     block: str
     norm: Literal["layer", "rms"]
-    post_norm: bool
+    norms: Literal["pre", "post", "both"]
+    norm_offset: int = 0
+    parallel: bool = False
+    positions: Literal["learned", "rotary", "alibi"]
+    rotary: RotaryFact = RotaryFact()
+    scaled_embedding: bool = False
+    activation: ActivationFact
+    experts: ExpertsFact | None = None
+    prune: PruneFact
     modules: dict[str, ModuleFact]
-    ignored: list[str]
-    steer: dict[str, SteerFact]
+    ignored: list[str] = []
+    aliases: dict[str, str] = {}
+    steer: dict[str, SteerFact] = {}
+
+    @property
+    def post_norm(self) -> bool:
+        """Whether what blocks write is normalised, by itself or with the stream."""
+        return self.norms != "pre"
 
 
-def load_facts(file: str) -> FamilyFacts:
-    """The facts of `families/<file>`."""
+class VariantFact(_Facts):
+    """For configs that match `when`, `patch` is merged into the family's document (RFC 7386: null
+    removes an entry)."""
+
+    when: Condition
+    patch: dict[str, Any]
+
+
+def load_facts(file: str, config: Mapping[str, Any]) -> FamilyFacts:
+    """The facts of `families/<file>`, in the variant that `config` chooses."""
     text = resources.files("surgery.arch").joinpath("families", file).read_text("utf-8")
-    return FamilyFacts.model_validate(json.loads(text))
+    document = json.loads(text)
+    settings = Settings(config, document.get("defaults", {}))
+    for variant in map(VariantFact.model_validate, document.pop("variants", [])):
+        if settings.matches(variant.when):
+            document = _merge(document, variant.patch)
+    return FamilyFacts.model_validate(document)
+
+
+def _merge(document: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(document)
+    for key, value in patch.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict):
+            merged[key] = _merge(merged.get(key, {}), value)
+        else:
+            merged[key] = value
+    return merged

@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from surgery.addresses import Head, Neuron, Region
 from surgery.arch.facts import FamilyFacts, ModuleFact
-from surgery.errors import ArchitectureError, EditError, quote
-
-
-@dataclass(frozen=True)
-class Role:
-    """What one stored tensor is: `kind` is `weight` or `bias`; `layer` is None outside blocks."""
-
-    role: str
-    layer: int | None
-    kind: str
-
-    def __str__(self) -> str:
-        layer = "" if self.layer is None else f".{self.layer}"
-        return f"{self.role}{layer}.{self.kind}"
-
-
-@dataclass(frozen=True)
-class Writer:
-    """A tensor that writes to the residual stream; `axis` is the one of residual width."""
-
-    tensor: str
-    axis: int
-
-
-@dataclass(frozen=True)
-class BiasSlot:
-    """Where a bias is or, with `config_key`, would be once the config turns it on."""
-
-    tensor: str
-    config_key: str | None = None
+from surgery.arch.heads import PARTS, head_rows, kv_group, part_start
+from surgery.arch.naming import Naming
+from surgery.arch.roles import Band, BiasSlot, Reader, Role, Writer
+from surgery.arch.settings import Settings
+from surgery.arch.sizes import evaluate
+from surgery.errors import EditError
 
 
 @dataclass(frozen=True)
@@ -46,15 +21,17 @@ class Architecture:
     """A checkpoint's tensors mapped to roles.
 
     `sizes` holds layers, width, heads, kv_heads, head_dim, mlp_width, vocab, positions and
-    what follows from them; `roles` maps every stored tensor; `prefix` is what this file puts
-    before the base model's names; `tied`: the head is the embedding.
+    what follows from them; `roles` maps every stored tensor; `naming` is how this file spells
+    names; `tied`: the head is the embedding; `sparse` are the layers with experts.
     """
 
     facts: FamilyFacts
+    settings: Settings
     sizes: Mapping[str, int]
     roles: Mapping[str, Role]
-    prefix: str
+    naming: Naming
     tied: bool
+    sparse: frozenset[int] = frozenset()
 
     @property
     def family(self) -> str:
@@ -68,9 +45,36 @@ class Architecture:
     def width(self) -> int:
         return self.sizes["width"]
 
+    @property
+    def prefix(self) -> str:
+        """What this file puts before the base model's names."""
+        return self.naming.prefix
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of each query and key are rotated; 0 without rotary embedding."""
+        if self.facts.positions != "rotary":
+            return 0
+        rotary = self.facts.rotary
+        found = [self.settings.get(key) for key in rotary.keys]
+        fraction = next((value for value in found if value is not None), rotary.fraction)
+        return int(evaluate(rotary.dims, self.sizes) * fraction)
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normalised before they meet."""
+        return "q_norm" in self.facts.modules
+
+    @property
+    def activation(self) -> str:
+        """The MLP's activation, as transformers calls it."""
+        fact = self.facts.activation
+        named = (fact.key and self.settings.get(fact.key)) or fact.default
+        return fact.means.get(named, named)
+
     def name(self, role: str, layer: int | None = None, kind: str = "weight") -> str:
         """The on-disk name that (role, layer, kind) has in this file, stored or not."""
-        return tensor_name(self.facts.modules[role], self.prefix, layer, kind)
+        return self.naming.tensor(self.facts.modules[role], layer, kind)
 
     def shape(self, role: str, kind: str = "weight") -> tuple[int, ...]:
         """The stored shape of a role's weight or bias."""
@@ -78,37 +82,85 @@ class Architecture:
         names = module.weight_shape() if kind == "weight" else module.bias_shape()
         return tuple(evaluate(name, self.sizes) for name in names)
 
+    def layers_of(self, role: str) -> tuple[int, ...]:
+        """The layers that have `role`: all, or those with or without experts."""
+        return layers_of(self.facts.modules[role], self.layers, self.sparse)
+
     def input_axis(self, role: str) -> int:
         """The axis of a projection's stored weight that its input runs along."""
         return {"linear": 1, "conv1d": 0}[self.facts.modules[role].type]
+
+    def kv_group(self, head: Head) -> int:
+        """The key-value head that `head` reads, which others may share."""
+        return kv_group(head.head, self.sizes)
 
     def head_region(self, head: Head) -> Region:
         """The part of `o_proj` that reads head `head` of z: columns of a Linear, rows of a Conv1D.
 
         Raises `EditError` for a head this model does not have.
         """
-        self._check("head", str(head), head.layer, head.head, self.sizes["heads"])
+        self._check_head(head)
         dim = self.sizes["head_dim"]
-        return self._input_band("o_proj", head.layer, head.head * dim, (head.head + 1) * dim)
+        columns = range(head.head * dim, (head.head + 1) * dim)
+        return self._region(
+            Role("o_proj", head.layer, "weight"), self.input_axis("o_proj"), columns
+        )
+
+    def qkv_regions(self, head: Head) -> dict[str, tuple[Band, ...]]:
+        """Where the queries (`q`) of a head, and the keys (`k`) and values (`v`) it reads, are
+        computed: for each, its rows of the weight and, where stored, its elements of the bias.
+
+        Under grouped-query attention other heads read the same keys and values. Raises
+        `EditError` for a head this model does not have.
+        """
+        self._check_head(head)
+        regions = {}
+        for part in PARTS:
+            role = self._holder(part)
+            rows = head_rows(self.facts.modules[role], part, head.head, self.sizes)
+            regions[part] = self._outputs(role, head.layer, None, rows)
+        return regions
 
     def neuron_region(self, neuron: Neuron) -> Region:
         """The part of `down_proj` that reads one MLP neuron; raises `EditError` if it has none."""
-        self._check("neuron", str(neuron), neuron.layer, neuron.neuron, self.sizes["mlp_width"])
-        return self._input_band("down_proj", neuron.layer, neuron.neuron, neuron.neuron + 1)
+        self._check_neuron(neuron)
+        role = Role(_in_expert("down_proj", neuron), neuron.layer, "weight", neuron.expert)
+        index = range(neuron.neuron, neuron.neuron + 1)
+        return self._region(role, self.input_axis(role.role), index)
+
+    def neuron_regions(self, neuron: Neuron) -> dict[str, tuple[Band, ...]]:
+        """Where a neuron is computed: its row of the weight, and its bias where stored, of `up`
+        and, in a gated MLP, of `gate`. Raises `EditError` for a neuron this model does not have.
+        """
+        self._check_neuron(neuron)
+        regions = {}
+        for part in ("gate", "up"):
+            role = self._holder(part, _in_expert("", neuron))
+            if role in self.facts.modules:
+                start = part_start(self.facts.modules[role], part, self.sizes) + neuron.neuron
+                rows = range(start, start + 1)
+                regions[part] = self._outputs(role, neuron.layer, neuron.expert, rows)
+        return regions
 
     def writers(self, layers: Iterable[int], outside_blocks: bool) -> Iterator[Writer]:
         """Every stored tensor that writes to the residual stream in `layers`.
 
         With `outside_blocks`, the embeddings too. Output biases are writers as well.
         """
-        chosen = set(layers)
-        for tensor, role in self.roles.items():
-            module = self.facts.modules[role.role]
-            wanted = outside_blocks if role.layer is None else role.layer in chosen
-            if module.writes and wanted:
+        for tensor, role, module in self._stored(layers, outside_blocks):
+            if module.writes:
                 # The residual axis is the output: the last one, but for a Linear's weight.
                 first = role.kind == "bias" or module.type == "linear"
-                yield Writer(tensor, 0 if first else 1)
+                yield Writer(tensor, 0 if first else 1, module.norm)
+
+    def readers(self, layers: Iterable[int], outside_blocks: bool) -> Iterator[Reader]:
+        """Every stored matrix that reads the residual stream in `layers`.
+
+        With `outside_blocks`, the output head too, but not where it is the embedding.
+        """
+        for tensor, role, module in self._stored(layers, outside_blocks):
+            if module.reads and role.kind == "weight":
+                yield Reader(tensor, self.input_axis(role.role), module.norm)
 
     def bias_slot(self, role: str, layer: int | None) -> BiasSlot | None:
         """Where the bias of `role` is stored or could be; None where the family has no slot."""
@@ -122,29 +174,94 @@ class Architecture:
         """Name and shape of every bias that config field `config_key` turns on, in all layers."""
         for role, module in self.facts.modules.items():
             if module.bias == config_key:
-                for layer in range(self.layers):
+                for layer in self.layers_of(role):
                     yield self.name(role, layer, "bias"), self.shape(role, "bias")
 
     def module(self, model: Any, role: str, layer: int | None = None) -> Any:
-        """The live `torch.nn.Module` of a role in a transformers `model`."""
+        """The live `torch.nn.Module` of a role in a transformers `model`.
+
+        transformers keeps the experts of a layer in one module, which this is for any of theirs.
+        """
         fact = self.facts.modules[role]
+        path = fact.live.path if fact.live else fact.path
         base = model if fact.root else model.base_model
-        return base.get_submodule(fact.path.format(layer=layer))
+        return base.get_submodule(path.format(layer=layer))
+
+    def parameter(self, model: Any, tensor: str) -> Any:
+        """The live `torch.Tensor` that holds the stored `tensor` in a transformers `model`: a
+        parameter, or the view of one that holds several tensors of the file."""
+        role = self.roles[tensor]
+        live = self.facts.modules[role.role].live
+        named = live.parameter if live and role.kind == "weight" else role.kind
+        found = getattr(self.module(model, role.role, role.layer), named)
+        found = found if role.expert is None else found[role.expert]
+        return found.chunk(live.part[1])[live.part[0]] if live and live.part else found
 
     def block(self, model: Any, layer: int) -> Any:
         """The live transformer block `layer` of a transformers `model`."""
         return model.base_model.get_submodule(self.facts.block.format(layer=layer))
 
-    def _input_band(self, role: str, layer: int, start: int, stop: int) -> Region:
-        axis = self.input_axis(role)
-        return Region.band(self.name(role, layer), self.shape(role), axis, start, stop)
+    def _stored(
+        self, layers: Iterable[int], outside_blocks: bool
+    ) -> Iterator[tuple[str, Role, ModuleFact]]:
+        chosen = set(layers)
+        for tensor, role in self.roles.items():
+            if outside_blocks if role.layer is None else role.layer in chosen:
+                yield tensor, role, self.facts.modules[role.role]
 
-    def _check(self, noun: str, address: str, layer: int, index: int, count: int) -> None:
+    def _holder(self, part: str, prefix: str = "") -> str:
+        """The role of the projection that computes `part`, by itself or fused with others."""
+        for role, module in self.facts.modules.items():
+            if part in module.parts and role.startswith(prefix):
+                return role
+        return f"{prefix}{part}_proj"
+
+    def _outputs(self, role: str, layer: int, expert: int | None, rows: range) -> tuple[Band, ...]:
+        axes = {"weight": 1 - self.input_axis(role), "bias": 0}
+        roles = {kind: Role(role, layer, kind, expert) for kind in axes}
+        return tuple(
+            Band(self._region(roles[kind], axis, rows), axis)
+            for kind, axis in axes.items()
+            if self._name(roles[kind]) in self.roles
+        )
+
+    def _region(self, role: Role, axis: int, rows: range) -> Region:
+        shape = self.shape(role.role, role.kind)
+        return Region.band(self._name(role), shape, axis, rows.start, rows.stop)
+
+    def _name(self, role: Role) -> str:
+        module = self.facts.modules[role.role]
+        return self.naming.tensor(module, role.layer, role.kind, role.expert)
+
+    def _check_head(self, head: Head) -> None:
+        self._check_layer(str(head), head.layer)
+        self._check(str(head), "head", head.head, self.sizes["heads"])
+
+    def _check_neuron(self, neuron: Neuron) -> None:
+        self._check_layer(str(neuron), neuron.layer)
+        if neuron.layer in self.sparse and neuron.expert is None:
+            raise EditError(
+                f"{neuron}: layer {neuron.layer} of this {self.family} model has experts; "
+                f"expected an address like L{neuron.layer}E0N{neuron.neuron}"
+            )
+        if neuron.layer not in self.sparse and neuron.expert is not None:
+            raise EditError(
+                f"{neuron}: layer {neuron.layer} of this {self.family} model has no experts; "
+                f"expected an address like L{neuron.layer}N{neuron.neuron}"
+            )
+        if neuron.expert is not None:
+            self._check(str(neuron), "expert", neuron.expert, self.sizes["experts"])
+        width = "mlp_width" if neuron.expert is None else "expert_width"
+        self._check(str(neuron), "neuron", neuron.neuron, self.sizes[width])
+
+    def _check_layer(self, address: str, layer: int) -> None:
         if layer >= self.layers:
             raise EditError(
                 f"{address}: layer {layer} is out of range; this {self.family} model has layers "
                 f"0 to {self.layers - 1}"
             )
+
+    def _check(self, address: str, noun: str, index: int, count: int) -> None:
         if index >= count:
             raise EditError(
                 f"{address}: {noun} {index} is out of range; this {self.family} model has {noun}s "
@@ -152,27 +269,11 @@ class Architecture:
             )
 
 
-def tensor_name(module: ModuleFact, prefix: str, layer: int | None, kind: str) -> str:
-    """The name under which a module's weight or bias is stored."""
-    path = module.path.format(layer=layer)
-    return f"{'' if module.root else prefix}{path}.{'bias' if module.type == 'bias' else kind}"
+def layers_of(module: ModuleFact, layers: int, sparse: frozenset[int]) -> tuple[int, ...]:
+    """The layers that have `module`, of `layers` in all, of which `sparse` have experts."""
+    kinds = {"all": (True, False), "dense": (False,), "sparse": (True,)}[module.blocks]
+    return tuple(layer for layer in range(layers) if (layer in sparse) in kinds)
 
 
-def evaluate(expression: int | str, sizes: Mapping[str, int]) -> int:
-    """A size as family files write it: a number, a size's name, or two joined by `*` or `//`."""
-    if isinstance(expression, int) or expression.isdigit():
-        return int(expression)
-    match = re.fullmatch(r"(\w+)(\*|//)(\w+)", expression)
-    if match is None:
-        return sizes[expression]
-    left, right = evaluate(match[1], sizes), evaluate(match[3], sizes)
-    if match[2] == "//" and right == 0:
-        raise ArchitectureError(f"config.json: {match[3]} is 0; expected a positive number")
-    return left * right if match[2] == "*" else left // right
-
-
-def describe(names: Iterable[str], limit: int = 3) -> str:
-    """The first few of `names`, escaped, for a message."""
-    listed = list(names)
-    shown = ", ".join(quote(name) for name in listed[:limit])
-    return shown if len(listed) <= limit else f"{shown} and {len(listed) - limit} more"
+def _in_expert(role: str, neuron: Neuron) -> str:
+    return role if neuron.expert is None else f"expert_{role}"

@@ -10,6 +10,7 @@ from surgery.checkpoint.folder import (
 )
 from surgery.checkpoint.header import Header, TensorInfo
 from surgery.checkpoint.staging import Staging
+from surgery.checkpoint.tensorfile import TensorFile
 
 __all__ = [
     "CONFIG",
@@ -20,5 +21,6 @@ __all__ = [
     "Checkpoint",
     "Header",
     "Staging",
+    "TensorFile",
     "TensorInfo",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from surgery.checkpoint.files import (
     resolve_inside,
 )
 from surgery.checkpoint.header import Header, TensorInfo, read_header
+from surgery.checkpoint.tensorfile import read_rows
 from surgery.errors import CheckpointError, quote
 
 SINGLE = "model.safetensors"
@@ -104,12 +104,7 @@ class Checkpoint:
     def read_rows(self, name: str, rows: Region) -> NDArray[Any]:
         """The band `rows` of whole rows (first axis) of a tensor; its own name does not matter."""
         info = self.info(name)
-        dtype = numpy_dtype(info.dtype)
-        size = math.prod(rows.shape) * dtype.itemsize
-        offset = rows.start[0] * math.prod(info.shape[1:]) * dtype.itemsize if rows.start else 0
-        with open_regular(self.path(info.file)) as descriptor:
-            raw = read_exactly(descriptor, info.begin + offset, size, info.file)
-        return np.frombuffer(raw, dtype).reshape(rows.shape)
+        return read_rows(self.path(info.file), info, rows)
 
     def read(self, name: str) -> NDArray[Any]:
         """Tensor `name` in its stored dtype and shape (bf16 through ml_dtypes)."""

@@ -9,6 +9,12 @@ OPS: Registry[type[Fields]] = Registry(
         "neurons": "surgery.edits.neurons:NeuronsFields",
         "heads": "surgery.edits.heads:HeadsFields",
         "sae": "surgery.edits.sae:SaeFields",
+        "direction": "surgery.edits.direction:DirectionFields",
+        "layers": "surgery.edits.layers:LayersFields",
+        "merge": "surgery.edits.merge:MergeFields",
+        "tensor": "surgery.edits.tensor:TensorFields",
+        "low_rank": "surgery.edits.low_rank:LowRankFields",
+        "lora": "surgery.edits.lora:LoraFields",
     },
 )
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from surgery.addresses import Region
 from surgery.arch import Architecture
-from surgery.checkpoint import TensorInfo
+from surgery.checkpoint import Checkpoint, TensorInfo
 from surgery.checkpoint.delta import Factors
 
 Array = NDArray[np.floating[Any]]
@@ -80,7 +80,13 @@ class Reader(Protocol):
 class RecipeFiles(Protocol):
     """Gives `Fields.build` the files a recipe names; it records what was read."""
 
-    def path(self, relative: str) -> Path: ...
+    def path(self, relative: str) -> Path:
+        """The file a recipe names."""
+        ...
+
+    def checkpoint(self, relative: str) -> Checkpoint:
+        """The checkpoint folder a recipe names."""
+        ...
 
 
 class Edit(ABC):
@@ -91,6 +97,10 @@ class Edit(ABC):
     def layout(self, arch: Architecture) -> Layout:
         """New tensors and config fields this edit needs; most need none."""
         return Layout()
+
+    def keeps_tie(self) -> bool:
+        """Whether what this edit does to a tied embedding is meant for the head as well."""
+        return False
 
     @abstractmethod
     def targets(self, arch: Architecture, tensors: Mapping[str, TensorInfo]) -> tuple[Target, ...]:

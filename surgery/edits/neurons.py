@@ -1,6 +1,7 @@
 """`neurons`: scale MLP neurons where the down projection reads them (arXiv 2505.16538).
 
-The factor applies after the activation: column n of a Linear `down_proj`, row n of a Conv1D.
+The factor applies after the activation: column n of a Linear `down_proj`, row n of a Conv1D. In
+a layer with experts a neuron is one of one expert, and only what is routed there changes.
 """
 
 from __future__ import annotations
@@ -50,21 +51,45 @@ class NeuronsEdit(Edit):
 
     @contextmanager
     def hook(self, model: Any, arch: Architecture, state: None) -> Iterator[None]:
+        chosen: dict[tuple[int, int | None], list[int]] = {}
+        for neuron in self.neurons:
+            chosen.setdefault((neuron.layer, neuron.expert), []).append(neuron.neuron)
         with ExitStack() as stack:
-            for layer in sorted({neuron.layer for neuron in self.neurons}):
-                chosen = [n.neuron for n in self.neurons if n.layer == layer]
-                stack.enter_context(self._hook_layer(model, arch, layer, chosen))
+            for (layer, expert), neurons in chosen.items():
+                stack.enter_context(self._hook(model, arch, layer, expert, neurons))
             yield
 
-    def _hook_layer(
-        self, model: Any, arch: Architecture, layer: int, neurons: list[int]
+    def _hook(
+        self, model: Any, arch: Architecture, layer: int, expert: int | None, neurons: list[int]
     ) -> AbstractContextManager[Any]:
         def scale_neurons(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             activations = inputs[0].clone()
             activations[..., neurons] *= self.factor
             return (activations, *inputs[1:])
 
-        handle: AbstractContextManager[Any] = arch.module(
-            model, "down_proj", layer
-        ).register_forward_pre_hook(scale_neurons)
+        def scale_expert(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+            return output + (self.factor - 1) * _written(module, inputs, expert, neurons)
+
+        handle: AbstractContextManager[Any]
+        if expert is None:
+            down = arch.module(model, "down_proj", layer)
+            handle = down.register_forward_pre_hook(scale_neurons)
+        else:
+            experts = arch.module(model, "expert_down_proj", layer)
+            handle = experts.register_forward_hook(scale_expert)
         return handle
+
+
+def _written(experts: Any, inputs: tuple[Any, ...], expert: int | None, neurons: list[int]) -> Any:
+    """What `neurons` of one expert add to the output of a layer's experts [tokens, width].
+
+    transformers computes all experts of a layer in one module, from their stacked weights and the
+    router's choice; `inputs` are its x [tokens, width], indices and weights [tokens, chosen].
+    """
+    import torch
+
+    x, index, weight = inputs
+    gate, up = (rows[neurons] for rows in experts.gate_up_proj[expert].chunk(2))
+    activations = experts.act_fn(x @ gate.T) * (x @ up.T)
+    routed = torch.where(index == expert, weight, 0).sum(-1, keepdim=True)
+    return (routed * activations) @ experts.down_proj[expert][:, neurons].T

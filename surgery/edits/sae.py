@@ -14,13 +14,12 @@ Projection is unconditional: it is not the ablation of a feature only where it i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt
 
 from surgery.addresses import Region, parse_layers
@@ -37,6 +36,17 @@ from surgery.edits.interface import (
     RecipeFiles,
     Target,
 )
+from surgery.edits.projection import (
+    OutputProjection,
+    Vectors,
+    along_rows,
+    basis,
+    like,
+    project,
+    project_torch,
+    projection,
+    refuse_inexact,
+)
 from surgery.edits.saelens import CONFIG, WEIGHTS, Sae, read_sae
 from surgery.errors import EditError, RecipeError, quote
 
@@ -44,8 +54,6 @@ STREAM_HOOKS = (
     "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out"
 )  # fmt: skip
 Z_HOOK = "attn.hook_z"
-
-Vectors = NDArray[np.float64]
 
 
 class SaeFields(Fields):
@@ -80,21 +88,11 @@ class SaeFields(Fields):
                 return _steer(sae, arch, self.strength * rows.sum(axis=0))
         if self.patch == "z_project":
             return ZProject(basis(rows), self.strength, sae.layer)
-        _check_stream_norms(arch, self.approximate)
         whole = self.layers in (None, "all")
         layers = parse_layers("all" if self.layers is None else self.layers, arch.layers)
+        if not self.approximate:
+            refuse_inexact("orthogonalize", arch, arch.writers(layers, whole))
         return Orthogonalize(basis(rows), self.strength, layers, whole)
-
-
-def basis(rows: Vectors) -> Vectors:
-    """An orthonormal basis [width, rank] of the span of `rows` [k, width], in float64.
-
-    One basis, not one projection after another: the latter leaves part of the earlier rows.
-    """
-    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    _, singular, right = np.linalg.svd(unit, full_matrices=False)
-    rank = int((singular > 1e-10 * singular[0]).sum())
-    return np.array(right[:rank].T, np.float64, order="C")
 
 
 def _centered(rows: Vectors) -> Vectors:
@@ -109,72 +107,29 @@ def _centered(rows: Vectors) -> Vectors:
 def _check_hook(sae: Sae, arch: Architecture, patch: str) -> None:
     hooks = {"orthogonalize": STREAM_HOOKS, "z_project": (Z_HOOK,)}
     expected = hooks.get(patch, tuple(arch.facts.steer))
+    if not expected:
+        raise EditError(f"{arch.family} has no bias that could hold this steering")
     if sae.hook not in expected:
         raise EditError(
-            f"{sae.weights.parent}: hooks {quote(sae.hook)}; {patch} on {arch.family} needs one of "
+            f"{sae.folder}: hooks {quote(sae.hook)}; {patch} on {arch.family} needs one of "
             f"{', '.join(expected)}"
         )
     if sae.layer >= arch.layers:
         raise EditError(
-            f"{sae.weights.parent}: hooks layer {sae.layer}; this model has layers 0 to "
-            f"{arch.layers - 1}"
+            f"{sae.folder}: hooks layer {sae.layer}; this model has layers 0 to {arch.layers - 1}"
         )
     width = arch.sizes["z_width"] if sae.hook == Z_HOOK else arch.width
     if sae.width != width:
         raise EditError(
-            f"{sae.weights.parent}: has width {sae.width}; this model has {width} at {sae.hook}"
-        )
-
-
-def _check_stream_norms(arch: Architecture, approximate: bool) -> None:
-    if arch.facts.post_norm and not approximate:
-        raise EditError(
-            f"orthogonalize is not exact on {arch.family}, which normalises after each write; "
-            "say approximate: true to do it all the same"
+            f"{sae.folder}: has width {sae.width}; this model has {width} at {sae.hook}"
         )
 
 
 @dataclass(frozen=True)
-class Orthogonalize(Edit):
-    """What each writer in `layers` (with `embeddings`, those too) adds loses its part in Q."""
+class Orthogonalize(OutputProjection):
+    """The decoder rows leave everything that writes to the stream."""
 
     op: ClassVar[str] = "sae"
-    q: Vectors
-    strength: float
-    layers: tuple[int, ...]
-    embeddings: bool
-
-    def targets(self, arch: Architecture, tensors: Mapping[str, TensorInfo]) -> tuple[Target, ...]:
-        writers = arch.writers(self.layers, self.embeddings)
-        return tuple(
-            Target(Region.whole(w.tensor, tensors[w.tensor].shape), "output") for w in writers
-        )
-
-    def prepare(self, arch: Architecture, reader: Reader) -> dict[str, Vectors | None]:
-        writers = arch.writers(self.layers, self.embeddings)
-        return {w.tensor: _along_rows(w.tensor, self.q, w.axis, reader) for w in writers}
-
-    def transform(self, slab: Array, where: Region, state: dict[str, Vectors | None]) -> Array:
-        return project(slab, self.q, self.strength, where, state[where.tensor])
-
-    def factors(
-        self, slab: Array, where: Region, state: dict[str, Vectors | None]
-    ) -> Factors | None:
-        if slab.ndim != 2:
-            return None
-        return projection(slab, self.q, self.strength, where, state[where.tensor])
-
-    @contextmanager
-    def hook(self, model: Any, arch: Architecture, state: Any) -> Iterator[None]:
-        writers = {(arch.roles[w].role, arch.roles[w].layer) for w in state}
-        with ExitStack() as stack:
-            for role, layer in writers:
-                module = arch.module(model, role, layer)
-                stack.enter_context(module.register_forward_hook(self._project_output))
-            yield
-
-    def _project_output(self, module: Any, inputs: Any, output: Any) -> Any:
-        return _project_torch(output, self.q, self.strength)
 
 
 @dataclass(frozen=True)
@@ -192,7 +147,7 @@ class ZProject(Edit):
 
     def prepare(self, arch: Architecture, reader: Reader) -> Vectors | None:
         tensor = arch.name("o_proj", self.layer)
-        return _along_rows(tensor, self.q, arch.input_axis("o_proj"), reader)
+        return along_rows(tensor, self.q, arch.input_axis("o_proj"), reader)
 
     def transform(self, slab: Array, where: Region, state: Vectors | None) -> Array:
         return project(slab, self.q, self.strength, where, state)
@@ -204,7 +159,7 @@ class ZProject(Edit):
 
     def hook(self, model: Any, arch: Architecture, state: Any) -> AbstractContextManager[None]:
         def project_input(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (_project_torch(inputs[0], self.q, self.strength), *inputs[1:])
+            return (project_torch(inputs[0], self.q, self.strength), *inputs[1:])
 
         module = arch.module(model, "o_proj", self.layer)
         handle: AbstractContextManager[None] = module.register_forward_pre_hook(project_input)
@@ -270,7 +225,7 @@ class SteerBias(Edit):
 def _steer(sae: Sae, arch: Architecture, vector: Vectors) -> SteerBias:
     if sae.normalized:
         raise EditError(
-            f"{sae.weights.parent}: normalises its input, so its decoder is not in the model's "
+            f"{sae.folder}: normalises its input, so its decoder is not in the model's "
             "units; steer_bias needs normalize_activations: none"
         )
     fact = arch.facts.steer[sae.hook]
@@ -287,62 +242,8 @@ def _steer(sae: Sae, arch: Architecture, vector: Vectors) -> SteerBias:
     return SteerBias(vector, sae.layer, sae.hook, slot, fact.through)
 
 
-def project(
-    slab: Array, q: Vectors, strength: float, where: Region, along_rows: Vectors | None
-) -> Array:
-    """`slab` less `strength` times its part along `q` [width, rank], in slab's dtype.
-
-    The width runs along the last axis of the tensor, or along its rows if `along_rows` = qᵀW
-    [rank, …] of the whole tensor is given, of which `slab` is the part `where`.
-    """
-    if strength == 0:
-        return slab
-    left, right = projection(slab, q, strength, where, along_rows)
-    changed = left @ right
-    np.add(slab, changed, out=changed)
-    return changed.astype(slab.dtype)
-
-
-def projection(
-    slab: Array, q: Vectors, strength: float, where: Region, along_rows: Vectors | None
-) -> Factors:
-    """What `project` adds to `slab`, as factors.
-
-    In float64, so that the sums come out the same whatever the bands and the BLAS: who verifies
-    on another machine must find the same numbers.
-    """
-    if along_rows is None:
-        return slab.astype(np.float64) @ q, -strength * q.T
-    return -strength * q[where.slices[0]], along_rows[(slice(None), *where.slices[1:])]
-
-
-def _along_rows(tensor: str, q: Vectors, axis: int, reader: Reader) -> Vectors | None:
-    """qᵀW [rank, …] where the width runs along the rows (`axis` 0), else None.
-
-    One read of the tensor: a band of rows alone does not know the part along q.
-    """
-    if axis != 0:
-        return None
-    total: Any = 0.0
-    for band, slab in reader.rows(tensor):
-        total = total + q[band].T @ slab
-    return np.asarray(total, np.float64)
-
-
-def _project_torch(x: Any, q: Vectors, strength: float) -> Any:
-    basis_ = _like(q, x)
-    return x - strength * ((x @ basis_) @ basis_.T)
-
-
 def _add_torch(x: Any, vector: Vectors) -> Any:
-    return x + _like(vector, x)
-
-
-def _like(values: Vectors, tensor: Any) -> Any:
-    """`values` as a torch tensor of the dtype and device of `tensor`."""
-    import torch
-
-    return torch.from_numpy(values).to(tensor)
+    return x + like(vector, x)
 
 
 def _at_hook_point(

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from surgery.checkpoint.dtypes import EDITABLE, numpy_dtype
-from surgery.checkpoint.files import open_regular, parse_json_object, read_exactly, read_small
-from surgery.checkpoint.header import TensorInfo, read_header
+from surgery.checkpoint import TensorFile
+from surgery.checkpoint.files import parse_json_object, read_small
 from surgery.errors import CheckpointError, EditError, quote
 
 CONFIG = "cfg.json"
@@ -30,13 +29,16 @@ _HOOK = re.compile(r"blocks\.(\d{1,6})\.([A-Za-z0-9_.]+)")
 class Sae:
     """The frame of one autoencoder: `latents` features of `width` numbers at a hook point."""
 
-    weights: Path
+    file: TensorFile
     latents: int
     width: int
     layer: int
     hook: str
     normalized: bool
-    decoder: TensorInfo
+
+    @property
+    def folder(self) -> Path:
+        return self.file.path.parent
 
     def decoder_rows(self, features: Sequence[int]) -> NDArray[np.float64]:
         """W_dec[features] as float64 [len(features), width].
@@ -47,33 +49,26 @@ class Sae:
         norms = np.linalg.norm(rows, axis=1)
         for feature, norm in zip(features, norms, strict=True):
             if not np.isfinite(norm) or norm == 0:
-                raise EditError(f"{self.weights}: decoder row {feature} has norm {norm}")
+                raise EditError(f"{self.file.path}: decoder row {feature} has norm {norm}")
         return rows
 
     def _row(self, feature: int) -> NDArray[np.float64]:
         if not 0 <= feature < self.latents:
             raise EditError(
-                f"{self.weights}: feature {feature} is out of range 0 to {self.latents - 1}"
+                f"{self.file.path}: feature {feature} is out of range 0 to {self.latents - 1}"
             )
-        dtype = numpy_dtype(self.decoder.dtype)
-        nbytes = self.width * dtype.itemsize
-        with open_regular(self.weights) as descriptor:
-            begin = self.decoder.begin + feature * nbytes
-            raw = read_exactly(descriptor, begin, nbytes, WEIGHTS)
-        return np.frombuffer(raw, dtype).astype(np.float64)
+        row: NDArray[np.float64] = self.file.rows("W_dec", feature, feature + 1)[0].astype(float)
+        return row
 
 
 def read_sae(config: Path, weights: Path) -> Sae:
     """The autoencoder of one folder; raises `CheckpointError` for a malformed one."""
     fields = parse_json_object(read_small(config), str(config))
-    with open_regular(weights) as descriptor:
-        header = read_header(descriptor, str(weights))
-    decoder = header.tensors.get("W_dec")
-    if decoder is None or len(decoder.shape) != 2:
-        raise CheckpointError(f"{weights}: expected a tensor W_dec of shape [latents, width]")
-    if decoder.dtype not in EDITABLE:
+    file = TensorFile.open(weights)
+    decoder = file.info("W_dec")
+    if len(decoder.shape) != 2:
         raise CheckpointError(
-            f"{weights}: W_dec is stored as {decoder.dtype}; expected {', '.join(EDITABLE)}"
+            f"{weights}: W_dec has shape {list(decoder.shape)}; expected [latents, width]"
         )
     layer, hook = _hook_point(fields, config)
     latents, width = decoder.shape
@@ -83,7 +78,7 @@ def read_sae(config: Path, weights: Path) -> Sae:
             f"{config}: says {quote(declared)}, W_dec has shape {(latents, width)}"
         )
     normalized = fields.get("normalize_activations", "none") not in ("none", None)
-    return Sae(weights, latents, width, layer, hook, normalized, decoder)
+    return Sae(file, latents, width, layer, hook, normalized)
 
 
 def _hook_point(fields: dict[str, Any], config: Path) -> tuple[int, str]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from recipes import apply_edits, editor_of, make_sae, sae_edit, stored
 
 from surgery.addresses import Region
-from surgery.edits.sae import _along_rows, basis, project
+from surgery.edits.projection import along_rows, basis, project
 
 
 @given(seed=st.integers(0, 99), count=st.integers(1, 5), width=st.integers(5, 9))
@@ -39,10 +39,10 @@ def test_a_full_projection_leaves_nothing_along_any_feature(axis: int) -> None:
     rng = np.random.default_rng(0)
     rows, slab = rng.normal(size=(3, 8)), rng.normal(size=(8, 8))
     q, whole = basis(rows), Region.whole("w", slab.shape)
-    along_rows = q.T @ slab if axis == 0 else None
-    left = project(slab, q, 1.0, whole, along_rows)
+    along = q.T @ slab if axis == 0 else None
+    left = project(slab, q, 1.0, whole, along)
     assert np.abs(np.tensordot(rows, left, axes=(1, axis))).max() < 1e-12
-    half = project(slab, q, 0.5, whole, along_rows)
+    half = project(slab, q, 0.5, whole, along)
     assert np.allclose(half, (slab + left) / 2)
 
 
@@ -104,7 +104,7 @@ def test_a_reduction_over_rows_holds_one_band_and_not_all_of_them() -> None:
             return ((slice(i, i + 1), row[None] * np.float32(i)) for i in range(width))
 
     tracemalloc.start()
-    found = _along_rows("w", q, 0, Reader())
+    found = along_rows("w", q, 0, Reader())
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     np.testing.assert_allclose(found, np.outer(q.T @ np.arange(width), row), rtol=1e-9)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from inputs import write_adapter, write_factors, write_vector
 from recipes import HEADS, NEURONS, apply_edits, make_sae, sae_edit, stored, weight_files
 
 from surgery.checkpoint import SINGLE, Checkpoint
@@ -22,14 +23,32 @@ O_PROJ = {
     "llama": "model.layers.0.self_attn.o_proj.weight",
 }
 DOWN = {"gpt2": "transformer.h.0.mlp.c_proj.weight", "llama": "model.layers.0.mlp.down_proj.weight"}
+DIRECTION = {"op": "direction", "vector": {"file": "d.safetensors", "key": "d"}}
+NOTHING_OF_IT = {"model": "other", "weight": 0}
 NO_OPS = {
     "heads": ("", {**HEADS, "factor": 1.0}),
     "neurons": ("", {**NEURONS, "factor": 1}),
     "orthogonalize": ("blocks.0.hook_resid_post", sae_edit("orthogonalize", strength=0.0)),
     "z_project": ("blocks.0.attn.hook_z", sae_edit("z_project", strength=0.0)),
     "steer_bias": ("blocks.0.hook_mlp_out", sae_edit("steer_bias", strength=0.0)),
+    "low_rank": ("", {"op": "low_rank", "file": "uv.safetensors", "scale": 0}),
+    "lora": ("", {"op": "lora", "adapter": "adapter", "scale": -0.0}),
+    "direction": ("", {**DIRECTION, "strength": 0}),
+    "direction, norms kept": ("", {**DIRECTION, "strength": -0.0, "keep_norms": "columns"}),
+    "layers": ("", {"op": "layers", "layers": "all", "factor": 1}),
+    **{
+        f"merge, {method}": ("", {"op": "merge", "with": [NOTHING_OF_IT], "method": method})
+        for method in ("linear", "task_arithmetic", "slerp", "ties")
+    },
     "steer_bias -0": ("blocks.0.attn.hook_z", sae_edit("steer_bias", strength=-0.0)),
 }
+WRITE = {
+    "low_rank": write_factors,
+    "lora": write_adapter,
+    "direction": write_vector,
+    "direction, norms kept": write_vector,
+}
+UNTYING = {"orthogonalize", *WRITE}
 ODD_BITS = {"float32": [0x7FA12345, 0xFFC00001, 0x80000000, 0x7F800000, 1, 0x80000001]}
 ODD_BITS |= {"bfloat16": [0x7FA1, 0xFFC1, 0x8000, 0xFF80, 1, 0x8001]}
 ODD_BITS |= {"float16": [0x7D01, 0xFE01, 0x8000, 0xFC00, 1, 0x8001]}
@@ -63,7 +82,11 @@ def test_an_edit_that_does_nothing_writes_the_same_file(
     hook, edit = NO_OPS[name]
     if hook:
         make_sae(tmp_path / "sae", hook, 32)
-    untie = name == "orthogonalize"
+    if name.startswith("merge"):
+        planted(base_of("gpt2", dtype), tmp_path / "other", dtype, seed=1)
+    if name in WRITE:
+        WRITE[name](tmp_path, base)
+    untie = name in UNTYING
     output = apply_edits(tmp_path, base, [edit], untie=untie)
     before, after = Checkpoint.open(base), Checkpoint.open(output)
     assert {n: before.read_bytes(n) for n in before.tensors} == {

@@ -1,0 +1,158 @@
+"""Facts against the config classes of transformers: defaults, pruning, experts, addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import MODELS, config_class, family_of, make
+from oracles import load_model, logits
+
+from surgery.addresses import Neuron
+from surgery.arch import FAMILIES, Architecture, identify
+from surgery.arch.facts import FamilyFacts, load_facts
+from surgery.arch.sizes import evaluate, read_sizes
+from surgery.checkpoint import Checkpoint
+from surgery.errors import ArchitectureError, EditError
+
+
+def facts_of(family: str) -> FamilyFacts:
+    return load_facts(FAMILIES[family], {})
+
+
+def opened(path: Path) -> Architecture:
+    return identify(Checkpoint.open(path))
+
+
+def test_every_family_is_tested() -> None:
+    assert {family_of(name) for name in MODELS} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_defaults_are_those_of_the_config_class(family: str) -> None:
+    """What a file leaves out means what transformers takes it for."""
+    facts, default = facts_of(family), config_class(family)()
+    written = default.to_dict()
+    assert read_sizes(facts, {}) == read_sizes(facts, written)
+    assert facts.tie.default is default.tie_word_embeddings
+    if facts.activation.key:
+        assert facts.activation.default == getattr(default, facts.activation.key)
+    for key, value in facts.defaults.items():
+        found: Any = written
+        for name in key.split("."):
+            found = found[name]
+        assert (found or None) == (value or None), key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_field_of_a_size_is_one_of_the_config_class(family: str) -> None:
+    legacy = {"n_embed", "seq_length", "head_dim"}
+    default = config_class(family)()
+    for name, fact in facts_of(family).sizes.items():
+        assert all(hasattr(default, key) for key in set(fact.keys) - legacy), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_roles_that_facts_name_exist(family: str) -> None:
+    facts = facts_of(family)
+    named = [facts.tie.head, facts.tie.embed, *filter(None, [facts.tie.bias])]
+    named += [module.norm for module in facts.modules.values() if module.norm]
+    named += [steer.role for steer in facts.steer.values()]
+    named += [steer.first for steer in facts.steer.values() if steer.first]
+    assert set(named) <= facts.modules.keys()
+    for steer in facts.steer.values():
+        assert facts.modules[steer.role].bias
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_heads_can_be_pruned_where_facts_say_so(
+    name: str, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Three heads, or two, of the size that four had: stock transformers runs them or cannot."""
+    facts = facts_of(family_of(name))
+    size = opened(base_of(name)).sizes["head_dim"]
+    keys = facts.sizes["heads"].keys
+
+    def pruned(heads: int) -> Path:
+        fields: dict[str, Any] = {keys[0]: heads}
+        if family_of(name) != "falcon":  # its config class takes no head_dim at all
+            fields["head_dim"] = size
+        if facts.sizes["kv_heads"].keys == ["num_key_value_heads"]:
+            fields["num_key_value_heads"] = 1
+        return make(name, tmp_path / str(heads), **fields)
+
+    if facts.prune.heads == "never":
+        arch = opened(pruned(2))
+        assert arch.sizes["head_dim"] == 2 * size
+        assert arch.shape("o_proj") == (32, 32)
+        return
+    assert facts.sizes["head_dim"].keys == ["head_dim"]
+    for heads in (3, 2):
+        if heads == 3 and facts.prune.heads == "divisor":
+            with pytest.raises(Exception, match="not a multiple of the number of attention"):
+                pruned(heads)
+            continue
+        arch = opened(pruned(heads))
+        assert arch.shape("o_proj") == (32, heads * size)
+        assert logits(load_model(tmp_path / str(heads))).std() > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "sparse"),
+    [
+        ({"mlp_only_layers": []}, {0, 1}),
+        ({"mlp_only_layers": [1]}, {0}),
+        ({"mlp_only_layers": None, "decoder_sparse_step": 2}, {1}),
+        ({"mlp_only_layers": [1], "decoder_sparse_step": 2}, set()),
+    ],
+)
+def test_experts_are_in_the_layers_the_config_says(
+    config: dict[str, Any], sparse: set[int], tmp_path: Path
+) -> None:
+    arch = opened(make("qwen3_moe", tmp_path / "m", **config))
+    assert arch.sparse == sparse
+    assert set(arch.layers_of("router")) == sparse
+    assert set(arch.layers_of("down_proj")) == {0, 1} - sparse
+
+
+@pytest.mark.parametrize(
+    ("neuron", "said"),
+    [
+        (
+            Neuron(1, 0),
+            "layer 1 of this qwen3_moe model has experts; expected an address like L1E0N0",
+        ),
+        (Neuron(0, 5, 1), "layer 0 of this qwen3_moe model has no experts; .* like L0N5"),
+        (Neuron(1, 0, 3), "L1E3N0: expert 3 is out of range; .* experts 0 to 2"),
+        (Neuron(1, 40, 2), "L1E2N40: neuron 40 is out of range; .* neurons 0 to 39"),
+        (Neuron(0, 48), "neuron 48 is out of range"),
+        (Neuron(2, 0, 0), "layer 2 is out of range"),
+    ],
+)
+def test_an_address_without_a_neuron_says_which_there_are(
+    neuron: Neuron, said: str, base_of: Callable[..., Path]
+) -> None:
+    arch = opened(base_of("qwen3_moe"))
+    for regions in (arch.neuron_region, arch.neuron_regions):
+        with pytest.raises(EditError, match=said):
+            regions(neuron)
+
+
+def test_what_an_activation_is_called_and_what_it_is(tmp_path: Path) -> None:
+    """Gemma's first configs say gelu and mean its approximation."""
+    path = make("gemma", tmp_path / "m")
+    config = path / "config.json"
+    config.write_text(config.read_text().replace('"gelu_pytorch_tanh"', '"gelu"'))
+    assert opened(path).activation == "gelu_pytorch_tanh"
+    assert load_model(path).config.hidden_act == "gelu_pytorch_tanh"
+
+
+def test_sizes_are_sums_of_products() -> None:
+    sizes = {"a": 7, "b": 2, "zero": 0}
+    assert evaluate("a+2*b-1", sizes) == 10
+    assert evaluate("a//b*b", sizes) == 6
+    assert evaluate("2", sizes) == evaluate(2, sizes) == 2
+    with pytest.raises(ArchitectureError, match="zero is 0"):
+        evaluate("a//zero", sizes)
