@@ -176,6 +176,20 @@ def merge_cases() -> Iterator[Case]:
             yield Case(family, edit, files=write_partners)
 
 
+def spectrum_cases() -> Iterator[Case]:
+    head = {"op": "head_spectrum", "heads": ["L0H1", "L1H0", "L1H3"], "components": [0, 2]}
+    qk = {**head, "circuit": "qk", "components": [0]}
+    refused = {"llama": "turns queries and keys", "qwen3": "normalises its queries"}
+    for family in FAMILIES:
+        output = {"op": "lm_head_spectrum", "components": [0, 3]}
+        for factor in (0.0, 0.5, -1.0):
+            yield Case(family, {**output, "factor": factor}, untie=True)
+            yield Case(family, {**head, "factor": factor})
+        yield Case(family, {**qk, "factor": -2.0}, refused=refused.get(family, ""))
+        norm = "bert has no norm before attention" if family == "bert" else ""
+        yield Case(family, {**head, "fold_norm": True}, refused=norm)
+
+
 CASES = [
     *scaling_cases(),
     *projection_cases(),
@@ -184,6 +198,7 @@ CASES = [
     *direction_cases(),
     *layer_cases(),
     *merge_cases(),
+    *spectrum_cases(),
 ]
 MEANT = [case for case in CASES if not case.refused]
 REFUSED = [case for case in CASES if case.refused]
@@ -228,6 +243,7 @@ BY_DTYPE = [
     *(case for case in direction_cases() if case.family in ("gpt2", "llama")),
     Case("bert", {"op": "layers", "layers": [0], "factor": 0.3}),
     *(case for case in merge_cases() if case.family == "qwen3"),
+    *(case for case in spectrum_cases() if case.family == "gpt2"),
 ]
 
 

@@ -24,6 +24,7 @@ O_PROJ = {
 }
 DOWN = {"gpt2": "transformer.h.0.mlp.c_proj.weight", "llama": "model.layers.0.mlp.down_proj.weight"}
 DIRECTION = {"op": "direction", "vector": {"file": "d.safetensors", "key": "d"}}
+CIRCUIT = {"op": "head_spectrum", "heads": ["L0H1", "L1H2"], "components": [0], "factor": 1}
 NOTHING_OF_IT = {"model": "other", "weight": 0}
 NO_OPS = {
     "heads": ("", {**HEADS, "factor": 1.0}),
@@ -35,6 +36,9 @@ NO_OPS = {
     "lora": ("", {"op": "lora", "adapter": "adapter", "scale": -0.0}),
     "direction": ("", {**DIRECTION, "strength": 0}),
     "direction, norms kept": ("", {**DIRECTION, "strength": -0.0, "keep_norms": "columns"}),
+    "lm_head_spectrum": ("", {"op": "lm_head_spectrum", "components": [0], "factor": 1}),
+    "head_spectrum": ("", {**CIRCUIT, "circuit": "ov"}),
+    "head_spectrum, qk": ("", {**CIRCUIT, "circuit": "qk"}),
     "layers": ("", {"op": "layers", "layers": "all", "factor": 1}),
     **{
         f"merge, {method}": ("", {"op": "merge", "with": [NOTHING_OF_IT], "method": method})
@@ -48,7 +52,7 @@ WRITE = {
     "direction": write_vector,
     "direction, norms kept": write_vector,
 }
-UNTYING = {"orthogonalize", *WRITE}
+UNTYING = {"orthogonalize", "lm_head_spectrum", *WRITE}
 ODD_BITS = {"float32": [0x7FA12345, 0xFFC00001, 0x80000000, 0x7F800000, 1, 0x80000001]}
 ODD_BITS |= {"bfloat16": [0x7FA1, 0xFFC1, 0x8000, 0xFF80, 1, 0x8001]}
 ODD_BITS |= {"float16": [0x7D01, 0xFE01, 0x8000, 0xFC00, 1, 0x8001]}
