@@ -231,7 +231,7 @@ def test_every_write_to_the_stream_loses_the_direction(
     chosen = (0, 1) if layers == "all" else (1,)
     blocks = [path[family].format(layer) for path in (O_PROJ, DOWN) for layer in chosen]
     outside = EMBEDDINGS[family] if layers == "all" else []
-    writers = dict.fromkeys([*outside, *blocks], projected(random(1, 32, size=3.0)))
+    writers = dict.fromkeys([*outside, *blocks], projected(random(32, size=3.0)[None]))
     assert_equivalent(editor, tmp_path / "out", hooked(outputs=writers))
 
 
