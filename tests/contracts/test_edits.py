@@ -132,7 +132,8 @@ def steering_refusal(family: str, hook: str, layer: int) -> str:
 def written_cases() -> Iterator[Case]:
     for family in FAMILIES:
         at = {SQUARE[family].format(1): [3, 5]}
-        yield Case(family, {"op": "tensor", "file": "patch.safetensors"}, files=write_patch)
+        patch = {"op": "tensor", "file": "patch.safetensors"}
+        yield Case(family, patch, files=write_patch, untie=True)
         yield Case(family, {"op": "tensor", "file": "box.safetensors", "at": at}, files=write_box)
         for scale in (1.0, -0.5):
             edit = {"op": "low_rank", "file": "uv.safetensors", "scale": scale}

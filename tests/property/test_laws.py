@@ -99,6 +99,30 @@ def test_an_edit_that_does_nothing_writes_the_same_file(
     assert untie or weight_files(base) == weight_files(output)
 
 
+def test_a_product_keeps_the_bits_where_it_adds_nothing(
+    base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """-0.0 and NaN payloads too, in rows whose factor is 0; a scale of 0 looks at no factor."""
+    from safetensors.numpy import save_file
+
+    base, name = planted(base_of("llama"), tmp_path / "base", "float32"), DOWN["llama"]
+    u = np.array([0.0] * 31 + [1], np.float32)
+    save_file({f"{name}.u": u, f"{name}.v": np.ones(48, np.float32)}, tmp_path / "uv.safetensors")
+    edit = {"op": "low_rank", "file": "uv.safetensors"}
+    output = apply_edits(tmp_path, base, [edit])
+    before, after = (stored(folder, name) for folder in (base, output))
+    assert before[:31].tobytes() == after[:31].tobytes()
+    assert np.signbit(before[:31][before[:31] == 0]).any()
+    assert before[31].tobytes() != after[31].tobytes()
+    (tmp_path / "again").mkdir()
+    nothing = {
+        f"{name}.{side}": np.full(n, np.nan, np.float32) for side, n in (("u", 32), ("v", 48))
+    }
+    save_file(nothing, tmp_path / "again" / "uv.safetensors")
+    output = apply_edits(tmp_path / "again", base, [{**edit, "scale": 0}])
+    assert weight_files(output) == weight_files(base)
+
+
 @pytest.mark.parametrize("dtype", ODD_BITS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_factor_of_zero_writes_positive_zeros_over_anything_and_nothing_else(
