@@ -60,9 +60,9 @@ def orientation(base: Path, tensor: str) -> tuple[int, int]:
 
 
 def write_patch(folder: Path, base: Path) -> None:
-    """New numbers for a whole matrix and a norm."""
+    """New numbers for a whole matrix, a norm and the embedding."""
     family = family_of(base)
-    names = [SQUARE[family].format(0), NORM[family].format(1)]
+    names = [SQUARE[family].format(0), NORM[family].format(1), EMBED[family]]
     save_file({n: random(*shape_of(base, n)) for n in names}, folder / "patch.safetensors")
 
 

@@ -59,7 +59,8 @@ def test_every_link_of_the_readme_leads_to_a_file(link: str) -> None:
 
 
 def test_the_recipe_of_the_readme_is_valid(tmp_path: Path) -> None:
+    from surgery.edits import OPS
     from surgery.recipe import parse_recipe
 
     (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    assert len(parse_recipe(text, "README.md", tmp_path).edits) == 6
+    assert {edit.op for edit in parse_recipe(text, "README.md", tmp_path).edits} == set(OPS)

@@ -12,6 +12,8 @@ OPS: Registry[type[Fields]] = Registry(
         "direction": "surgery.edits.direction:DirectionFields",
         "layers": "surgery.edits.layers:LayersFields",
         "merge": "surgery.edits.merge:MergeFields",
+        "lm_head_spectrum": "surgery.edits.lm_head_spectrum:LmHeadSpectrumFields",
+        "head_spectrum": "surgery.edits.head_spectrum:HeadSpectrumFields",
         "tensor": "surgery.edits.tensor:TensorFields",
         "low_rank": "surgery.edits.low_rank:LowRankFields",
         "lora": "surgery.edits.lora:LoraFields",

@@ -114,19 +114,20 @@ class NormKeepingDirection(Direction):
         # The norms are those of this W: what mixes its columns does not commute with keeping them.
         return tuple(replace(target, side="value") for target in super().targets(arch, tensors))
 
-    def prepare(self, arch: Architecture, reader: Reader) -> dict[str, _Columns | None]:
+    def prepare(self, arch: Architecture, reader: Reader) -> dict[str, Columns | None]:
         along = super().prepare(arch, reader)
-        return {t: None if q is None else self._columns(t, q, reader) for t, q in along.items()}
+        return {t: None if q is None else self.columns(t, q, reader) for t, q in along.items()}
 
     def factors(self, slab: Array, where: Region, state: Any) -> None:
         """None: what keeps norms is no low-rank change."""
         return
 
-    def _columns(self, tensor: str, along: Vectors, reader: Reader) -> _Columns:
+    def columns(self, tensor: str, along: Vectors, reader: Reader) -> Columns:
+        """What a matrix needs whose rows run along the stream, from its rᵀW `along`."""
         squares = sum(
             np.square(slab, dtype=np.float64).sum(axis=0) for _, slab in reader.rows(tensor)
         )
-        return _Columns(along, self._factors(np.asarray(squares), along[0]))
+        return Columns(along, self._factors(np.asarray(squares), along[0]))
 
     def _factors(self, squares: Vectors, parts: Vectors) -> Vectors:
         """What gives vectors with squared norms `squares` and `parts` along r their norm back."""
@@ -135,7 +136,7 @@ class NormKeepingDirection(Direction):
         return np.sqrt(np.divide(squares, left, out=np.ones_like(left), where=kept))
 
     def transform(self, slab: Array, where: Region, state: Any) -> Array:
-        columns: _Columns | None = state[where.tensor]
+        columns: Columns | None = state[where.tensor]
         along = None if columns is None else columns.along
         projected = super().transform(slab, where, {where.tensor: along})
         if self.strength == 0 or slab.ndim == 1:
@@ -176,7 +177,7 @@ class NormKeepingDirection(Direction):
 
 
 @dataclass(frozen=True)
-class _Columns:
+class Columns:
     """Of a matrix whose rows run along the stream: rᵀW [1, columns], and each column's factor."""
 
     along: Vectors

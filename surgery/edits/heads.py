@@ -32,7 +32,7 @@ class HeadsFields(Fields):
     factor: float = 0.0
 
     def build(self, arch: Architecture, files: RecipeFiles) -> HeadsEdit:
-        heads = select("head", self.heads, self.file, self.top, files, parse_head, Head)
+        heads = select(("layer", "head"), self.heads, self.file, self.top, files, parse_head, Head)
         return HeadsEdit(heads, self.factor)
 
 

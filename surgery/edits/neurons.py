@@ -31,7 +31,9 @@ class NeuronsFields(Fields):
     factor: float = 0.0
 
     def build(self, arch: Architecture, files: RecipeFiles) -> NeuronsEdit:
-        chosen = select("neuron", self.neurons, self.file, self.top, files, parse_neuron, Neuron)
+        chosen = select(
+            ("layer", "neuron"), self.neurons, self.file, self.top, files, parse_neuron, Neuron
+        )
         return NeuronsEdit(chosen, self.factor)
 
 

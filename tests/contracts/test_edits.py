@@ -164,7 +164,8 @@ def steering_refusal(model: str, hook: str, layer: int) -> str:
 def written_cases() -> Iterator[Case]:
     for family in FAMILIES:
         at = {SQUARE[family].format(1): [3, 5]}
-        yield Case(family, {"op": "tensor", "file": "patch.safetensors"}, files=write_patch)
+        patch = {"op": "tensor", "file": "patch.safetensors"}
+        yield Case(family, patch, files=write_patch, untie=True)
         yield Case(family, {"op": "tensor", "file": "box.safetensors", "at": at}, files=write_box)
         for scale in (1.0, -0.5):
             edit = {"op": "low_rank", "file": "uv.safetensors", "scale": scale}
@@ -208,6 +209,20 @@ def merge_cases() -> Iterator[Case]:
             yield Case(family, edit, files=write_partners)
 
 
+def spectrum_cases() -> Iterator[Case]:
+    head = {"op": "head_spectrum", "heads": ["L0H1", "L1H0", "L1H3"], "components": [0, 2]}
+    qk = {**head, "circuit": "qk", "components": [0]}
+    refused = {"llama": "turns queries and keys", "qwen3": "normalises its queries"}
+    for family in FAMILIES:
+        output = {"op": "lm_head_spectrum", "components": [0, 3]}
+        for factor in (0.0, 0.5, -1.0):
+            yield Case(family, {**output, "factor": factor}, untie=True)
+            yield Case(family, {**head, "factor": factor})
+        yield Case(family, {**qk, "factor": -2.0}, refused=refused.get(family, ""))
+        norm = "bert has no norm before attention" if family == "bert" else ""
+        yield Case(family, {**head, "fold_norm": True}, refused=norm)
+
+
 CASES = [
     *scaling_cases(),
     *projection_cases(),
@@ -216,6 +231,7 @@ CASES = [
     *direction_cases(),
     *layer_cases(),
     *merge_cases(),
+    *spectrum_cases(),
 ]
 MEANT = [case for case in CASES if not case.refused]
 REFUSED = [case for case in CASES if case.refused]
@@ -260,6 +276,7 @@ BY_DTYPE = [
     *(case for case in direction_cases() if case.model in ("gpt2", "llama")),
     Case("bert", {"op": "layers", "layers": [0], "factor": 0.3}),
     *(case for case in merge_cases() if case.model == "qwen3"),
+    *(case for case in spectrum_cases() if case.model == "gpt2"),
 ]
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import FAMILIES
-from oracles import assert_equivalent, forward_hooks
+from inputs import random, write_vector
+from models import FAMILIES, make
+from oracles import assert_equivalent, forward_hooks, load_model
 from recipes import editor_of, make_sae, sae_edit
 
 DECODER = "model.layers.{}"
@@ -211,4 +212,72 @@ def test_several_edits_act_together(base_of: Callable[..., Path], tmp_path: Path
         inputs={o_proj: scaled(slice(0, 16), 0.5), down: scaled([7], 4.0)},
         outputs={o_proj: projected(rows), down: projected(rows)},
     )
+    assert_equivalent(editor, tmp_path / "out", hooks)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layers", ["all", [1]])
+def test_every_write_to_the_stream_loses_the_direction(
+    family: str, layers: Any, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_vector(tmp_path, base_of(family))
+    edit = {
+        "op": "direction",
+        "vector": {"file": "d.safetensors", "key": "d"},
+        "layers": layers,
+        "approximate": family == "bert",
+    }
+    editor = editor_of(tmp_path, base_of(family), [edit], untie=True)
+    chosen = (0, 1) if layers == "all" else (1,)
+    blocks = [path[family].format(layer) for path in (O_PROJ, DOWN) for layer in chosen]
+    outside = EMBEDDINGS[family] if layers == "all" else []
+    writers = dict.fromkeys([*outside, *blocks], projected(random(32, size=3.0)[None]))
+    assert_equivalent(editor, tmp_path / "out", hooked(outputs=writers))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("part", ["attn", "mlp"])
+def test_what_a_block_writes_is_scaled(
+    part: str, family: str, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    edit = {"op": "layers", "layers": [1], "part": part, "factor": 0.25}
+    editor = editor_of(tmp_path, base_of(family), [edit])
+    path = (O_PROJ if part == "attn" else DOWN)[family].format(1)
+    assert_equivalent(editor, tmp_path / "out", hooked(outputs={path: lambda y: 0.25 * y}))
+
+
+HEADS_OF_MODELS = {**dict.fromkeys(FAMILIES, "lm_head"), "bert": "cls.predictions.decoder"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_final_state_loses_components_of_the_head(
+    family: str, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    edit = {"op": "lm_head_spectrum", "components": [1, 2], "factor": 0.0}
+    editor = editor_of(tmp_path, base_of(family), [edit], untie=True)
+    head = HEADS_OF_MODELS[family]
+    weight = load_model(base_of(family)).get_submodule(head).weight.detach().double().numpy()
+    rows = np.linalg.svd(weight)[2][[1, 2]]
+    assert_equivalent(editor, tmp_path / "out", hooked(inputs={head: projected(rows)}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merged_matrix_gives_the_mean_of_what_both_give(
+    family: str, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    make(family, tmp_path / "other", seed=1)
+    path = DOWN[family].format(0)
+    edit = {
+        "op": "merge",
+        "with": [{"model": "other", "weight": 0.4}],
+        "include": [f"{path}.*"],
+    }
+    editor = editor_of(tmp_path, base_of(family), [edit])
+    other, seen = load_model(tmp_path / "other").get_submodule(path), []
+
+    def read(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return x
+
+    hooks = hooked(inputs={path: read}, outputs={path: lambda y: 0.6 * y + 0.4 * other(seen.pop())})
     assert_equivalent(editor, tmp_path / "out", hooks)

@@ -94,8 +94,21 @@ def test_norms_are_kept_whatever_the_strength_but_for_vectors_along_the_directio
     left = edit.transform(rows, Region.whole("w", rows.shape), {"w": None})
     before, after = (np.linalg.norm(w, axis=1) for w in (rows, left))
     assert np.allclose(before[:5], after[:5], rtol=1e-9)
-    if strength == 1:
-        assert after[5] < 1e-12
+
+
+def test_what_is_left_of_a_vector_along_the_direction_is_not_blown_up() -> None:
+    """At strength 1 it is rounding, which no factor turns into what was there."""
+    q = random(6, 1).astype(float)
+    q /= np.linalg.norm(q)
+    rows = np.concatenate([3 * q.T, 3 * q.T + 1e-6 * random(1, 6), random(1, 6)])
+    edit = NormKeepingDirection(q, 1.0, (0,), True, None)
+    for axis, slab in ((1, rows), (0, rows.T.copy())):
+        along = along_rows("w", q, axis, Whole(slab))
+        state = None if along is None else edit.columns("w", along, Whole(slab))
+        left = edit.transform(slab, Region.whole("w", slab.shape), {"w": state})
+        lengths = np.linalg.norm(left, axis=axis)
+        assert (lengths[:2] < 1e-5).all()
+        assert np.isclose(lengths[2], np.linalg.norm(rows[2]))
 
 
 @pytest.mark.parametrize(

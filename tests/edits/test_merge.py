@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from inputs import EMBED, write_partners
 from models import FAMILIES, make
-from recipes import apply_edits, plan_of, stored
+from recipes import apply_edits, editor_of, plan_of, stored
 
 from surgery.apply import apply_plan
 from surgery.checkpoint import Checkpoint
@@ -265,3 +265,30 @@ def test_what_cannot_be_mixed_is_refused(
     make("llama", tmp_path / "shallow", num_hidden_layers=1)
     with pytest.raises(InputError, match=said):
         plan_of(tmp_path, base_of("llama"), [edit])
+
+
+@pytest.mark.parametrize("method", ["slerp", "ties"])
+def test_no_more_than_a_band_is_read_at_a_time(
+    method: str, base_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of either model, to prepare and to mix; and bands make no difference to the numbers."""
+    import surgery.editor
+    from surgery.checkpoint import tensorfile
+
+    base, fields = base_of("llama"), {"density": 0.2} if method == "ties" else {}
+    write_partners(tmp_path, base)
+    edit = merge(OTHER, method=method, **fields)
+    whole = editor_of(tmp_path, base, [edit]).unrounded(EMBED["llama"])
+    sizes = []
+    read_exactly = tensorfile.read_exactly
+
+    def watched(descriptor: int, begin: int, length: int, file: str) -> bytearray:
+        sizes.append(length)
+        return read_exactly(descriptor, begin, length, file)
+
+    monkeypatch.setattr(tensorfile, "read_exactly", watched)
+    monkeypatch.setattr(surgery.editor, "SLAB_BYTES", 640)
+    banded = editor_of(tmp_path, base, [edit]).unrounded(EMBED["llama"])
+    assert np.abs(whole - banded).max() < 1e-6
+    assert len(sizes) > 100
+    assert max(sizes) <= 640

@@ -24,6 +24,7 @@ O_PROJ = {
 }
 DOWN = {"gpt2": "transformer.h.0.mlp.c_proj.weight", "llama": "model.layers.0.mlp.down_proj.weight"}
 DIRECTION = {"op": "direction", "vector": {"file": "d.safetensors", "key": "d"}}
+CIRCUIT = {"op": "head_spectrum", "heads": ["L0H1", "L1H2"], "components": [0], "factor": 1}
 NOTHING_OF_IT = {"model": "other", "weight": 0}
 NO_OPS = {
     "heads": ("", {**HEADS, "factor": 1.0}),
@@ -35,6 +36,9 @@ NO_OPS = {
     "lora": ("", {"op": "lora", "adapter": "adapter", "scale": -0.0}),
     "direction": ("", {**DIRECTION, "strength": 0}),
     "direction, norms kept": ("", {**DIRECTION, "strength": -0.0, "keep_norms": "columns"}),
+    "lm_head_spectrum": ("", {"op": "lm_head_spectrum", "components": [0], "factor": 1}),
+    "head_spectrum": ("", {**CIRCUIT, "circuit": "ov"}),
+    "head_spectrum, qk": ("", {**CIRCUIT, "circuit": "qk"}),
     "layers": ("", {"op": "layers", "layers": "all", "factor": 1}),
     **{
         f"merge, {method}": ("", {"op": "merge", "with": [NOTHING_OF_IT], "method": method})
@@ -48,7 +52,7 @@ WRITE = {
     "direction": write_vector,
     "direction, norms kept": write_vector,
 }
-UNTYING = {"orthogonalize", *WRITE}
+UNTYING = {"orthogonalize", "lm_head_spectrum", *WRITE}
 ODD_BITS = {"float32": [0x7FA12345, 0xFFC00001, 0x80000000, 0x7F800000, 1, 0x80000001]}
 ODD_BITS |= {"bfloat16": [0x7FA1, 0xFFC1, 0x8000, 0xFF80, 1, 0x8001]}
 ODD_BITS |= {"float16": [0x7D01, 0xFE01, 0x8000, 0xFC00, 1, 0x8001]}
@@ -93,6 +97,30 @@ def test_an_edit_that_does_nothing_writes_the_same_file(
         n: after.read_bytes(n) for n in before.tensors
     }
     assert untie or weight_files(base) == weight_files(output)
+
+
+def test_a_product_keeps_the_bits_where_it_adds_nothing(
+    base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """-0.0 and NaN payloads too, in rows whose factor is 0; a scale of 0 looks at no factor."""
+    from safetensors.numpy import save_file
+
+    base, name = planted(base_of("llama"), tmp_path / "base", "float32"), DOWN["llama"]
+    u = np.array([0.0] * 31 + [1], np.float32)
+    save_file({f"{name}.u": u, f"{name}.v": np.ones(48, np.float32)}, tmp_path / "uv.safetensors")
+    edit = {"op": "low_rank", "file": "uv.safetensors"}
+    output = apply_edits(tmp_path, base, [edit])
+    before, after = (stored(folder, name) for folder in (base, output))
+    assert before[:31].tobytes() == after[:31].tobytes()
+    assert np.signbit(before[:31][before[:31] == 0]).any()
+    assert before[31].tobytes() != after[31].tobytes()
+    (tmp_path / "again").mkdir()
+    nothing = {
+        f"{name}.{side}": np.full(n, np.nan, np.float32) for side, n in (("u", 32), ("v", 48))
+    }
+    save_file(nothing, tmp_path / "again" / "uv.safetensors")
+    output = apply_edits(tmp_path / "again", base, [{**edit, "scale": 0}])
+    assert weight_files(output) == weight_files(base)
 
 
 @pytest.mark.parametrize("dtype", ODD_BITS)
