@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from models import config_of, make
 from safetensors.numpy import save_file
 
+from surgery.arch import Architecture, identify
 from surgery.checkpoint import Checkpoint
 
 SQUARE = {
@@ -39,8 +41,50 @@ EMBED = {
 }
 
 
-def family_of(base: Path) -> str:
-    return str(config_of(base)["model_type"])
+@dataclass(frozen=True)
+class Names:
+    """Tensors of a model that every family has, by what they do; a matrix's `conv1d` storage."""
+
+    arch: Architecture
+
+    @property
+    def embed(self) -> str:
+        return self.arch.name("embed")
+
+    def square(self, layer: int) -> str:
+        """The output projection of a layer."""
+        return self.arch.name("o_proj", layer)
+
+    def up(self, layer: int) -> str:
+        """A matrix that enters the MLP, or, where there are experts, the attention."""
+        modules = self.arch.facts.modules
+        roles = ("up_proj", "gate_up_proj", "q_proj", "qkv_proj")
+        return next(
+            name
+            for name in (self.arch.name(role, layer) for role in roles if role in modules)
+            if name in self.arch.roles
+        )
+
+    def norm(self, layer: int) -> str:
+        """A norm's weight."""
+        modules = self.arch.facts.modules
+        roles = ("q_norm", "input_norm", "attn_norm", "mlp_norm")
+        return next(self.arch.name(role, layer) for role in roles if role in modules)
+
+    @property
+    def experts(self) -> list[str]:
+        """All matrices of one expert and one of another, in the last layer."""
+        roles = [role for role in self.arch.facts.modules if role.startswith("expert_")]
+        return [self.arch.name(role, 1, expert=1) for role in roles] + [
+            self.arch.name(role, 1, expert=2) for role in roles[:1]
+        ]
+
+    def conv1d(self, tensor: str) -> bool:
+        return self.arch.facts.modules[self.arch.roles[tensor].role].type == "conv1d"
+
+
+def names_of(base: Path) -> Names:
+    return Names(identify(Checkpoint.open(base)))
 
 
 def random(*shape: int, seed: int = 0, size: float = 0.3) -> np.ndarray[Any, Any]:
@@ -53,36 +97,34 @@ def shape_of(base: Path, tensor: str) -> tuple[int, ...]:
 
 
 def orientation(base: Path, tensor: str) -> tuple[int, int]:
-    """(outputs, inputs) of a matrix: gpt2's Conv1D and every embedding store them the other way."""
-    shape = shape_of(base, tensor)
-    flipped = family_of(base) == "gpt2" or tensor == EMBED[family_of(base)]
+    """(outputs, inputs) of a matrix: Conv1D and embeddings store them the other way."""
+    names, shape = names_of(base), shape_of(base, tensor)
+    flipped = names.conv1d(tensor) or tensor == names.embed
     return (shape[1], shape[0]) if flipped else (shape[0], shape[1])
 
 
 def write_patch(folder: Path, base: Path) -> None:
-    """New numbers for a whole matrix, a norm and the embedding."""
-    family = family_of(base)
-    names = [SQUARE[family].format(0), NORM[family].format(1), EMBED[family]]
-    save_file({n: random(*shape_of(base, n)) for n in names}, folder / "patch.safetensors")
+    """New numbers for a whole matrix, a norm, the embedding and, where there are any, experts."""
+    names = names_of(base)
+    chosen = [names.square(0), names.norm(1), names.embed, *names.experts]
+    save_file({n: random(*shape_of(base, n)) for n in chosen}, folder / "patch.safetensors")
 
 
 def write_box(folder: Path, base: Path) -> None:
     """New numbers for a box of 9 by 4."""
-    name = SQUARE[family_of(base)].format(1)
-    save_file({name: random(9, 4)}, folder / "box.safetensors")
+    save_file({names_of(base).square(1): random(9, 4)}, folder / "box.safetensors")
 
 
 def write_factors(folder: Path, base: Path) -> None:
-    """Products of rank 2, 1 and 3 for a projection, an MLP matrix and the embedding."""
-    family, factors = family_of(base), {}
-    for rank, name in ((2, SQUARE[family]), (1, UP[family]), (3, EMBED[family])):
-        name = name.format(1)
+    """Products of rank 1 to 3 for a projection, a matrix that reads, the embedding and experts."""
+    names, factors = names_of(base), {}
+    ranks = {names.square(1): 2, names.up(1): 1, names.embed: 3, **dict.fromkeys(names.experts, 2)}
+    for name, rank in ranks.items():
         outputs, inputs = orientation(base, name)
         factors[f"{name}.u"] = random(outputs, rank, seed=1)
         factors[f"{name}.v"] = random(inputs, rank, seed=2)
-    name = UP[family].format(1)
     for side in "uv":
-        factors[f"{name}.{side}"] = factors[f"{name}.{side}"][:, 0].copy()
+        factors[f"{names.up(1)}.{side}"] = factors[f"{names.up(1)}.{side}"][:, 0].copy()
     save_file(factors, folder / "uv.safetensors")
 
 
@@ -92,24 +134,31 @@ def write_vector(folder: Path, base: Path) -> None:
 
 
 def write_partners(folder: Path, base: Path) -> None:
-    """Two more random models like `base`, in the folders `other` and `third`."""
-    dtype = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-    stored = next(iter(Checkpoint.open(base).tensors.values())).dtype
+    """Two more models like `base` with other numbers, in the folders `other` and `third`."""
+    import torch
+    from safetensors.torch import load_file
+    from safetensors.torch import save_file as save
+
     for seed, name in ((1, "other"), (2, "third")):
-        make(family_of(base), folder / name, seed, dtype[stored])
+        shutil.copytree(base, folder / name)
+        torch.manual_seed(seed)
+        for path in (folder / name).glob("*.safetensors"):
+            tensors = {n: t + 0.1 * torch.randn_like(t) for n, t in load_file(path).items()}
+            save(tensors, path, {"format": "pt"})
 
 
 def write_adapter(folder: Path, base: Path, **config: Any) -> None:
-    """A PEFT adapter of rank 4 (8 in the MLP of layer 0) for three kinds of modules."""
-    family, tensors = family_of(base), {}
-    modules = [name.format(layer) for layer in (0, 1) for name in (SQUARE[family], UP[family])]
-    for module in [*modules, EMBED[family]]:
+    """A PEFT adapter of rank 4 (8 in one module of layer 0) for each kind of modules."""
+    names, tensors = names_of(base), {}
+    modules = [name for layer in (0, 1) for name in (names.square(layer), names.up(layer))]
+    modules += names.experts
+    for module in [*modules, names.embed]:
         outputs, inputs = orientation(base, module)
-        rank = 8 if module == UP[family].format(0) else 4
+        rank = 8 if module == names.up(0) else 4
         path = f"base_model.model.{module.removesuffix('.weight')}"
         a, b = (
             ("lora_embedding_A", "lora_embedding_B")
-            if module == EMBED[family]
+            if module == names.embed
             else ("lora_A.weight", "lora_B.weight")
         )
         tensors[f"{path}.{a}"] = random(rank, inputs, seed=3)
@@ -118,10 +167,10 @@ def write_adapter(folder: Path, base: Path, **config: Any) -> None:
         "peft_type": "LORA",
         "r": 4,
         "lora_alpha": 6,
-        "target_modules": [name.removesuffix(".weight") for name in [*modules, EMBED[family]]],
-        "rank_pattern": {UP[family].format(0).removesuffix(".weight"): 8},
-        "alpha_pattern": {SQUARE[family].format(1).removesuffix(".weight"): 2.0},
-        "fan_in_fan_out": family == "gpt2",
+        "target_modules": [name.removesuffix(".weight") for name in [*modules, names.embed]],
+        "rank_pattern": {names.up(0).removesuffix(".weight"): 8},
+        "alpha_pattern": {names.square(1).removesuffix(".weight"): 2.0},
+        "fan_in_fan_out": names.conv1d(names.square(0)),
         "task_type": None,
     }
     save_adapter(folder / "adapter", tensors, {**fields, **config})

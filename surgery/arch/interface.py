@@ -72,9 +72,15 @@ class Architecture:
         named = (fact.key and self.settings.get(fact.key)) or fact.default
         return fact.means.get(named, named)
 
-    def name(self, role: str, layer: int | None = None, kind: str = "weight") -> str:
-        """The on-disk name that (role, layer, kind) has in this file, stored or not."""
-        return self.naming.tensor(self.facts.modules[role], layer, kind)
+    def name(
+        self,
+        role: str,
+        layer: int | None = None,
+        kind: str = "weight",
+        expert: int | None = None,
+    ) -> str:
+        """The on-disk name that (role, layer, kind, expert) has in this file, stored or not."""
+        return self.naming.tensor(self.facts.modules[role], layer, kind, expert)
 
     def shape(self, role: str, kind: str = "weight") -> tuple[int, ...]:
         """The stored shape of a role's weight or bias."""
@@ -187,13 +193,19 @@ class Architecture:
         base = model if fact.root else model.base_model
         return base.get_submodule(path.format(layer=layer))
 
+    def holder(self, model: Any, tensor: str) -> tuple[Any, str]:
+        """The live module and the name in it of the parameter that the stored `tensor` is in."""
+        role = self.roles[tensor]
+        live = self.facts.modules[role.role].live
+        named = live.parameter if live and role.kind == "weight" else role.kind
+        return self.module(model, role.role, role.layer), named
+
     def parameter(self, model: Any, tensor: str) -> Any:
         """The live `torch.Tensor` that holds the stored `tensor` in a transformers `model`: a
         parameter, or the view of one that holds several tensors of the file."""
         role = self.roles[tensor]
         live = self.facts.modules[role.role].live
-        named = live.parameter if live and role.kind == "weight" else role.kind
-        found = getattr(self.module(model, role.role, role.layer), named)
+        found = getattr(*self.holder(model, tensor))
         found = found if role.expert is None else found[role.expert]
         return found.chunk(live.part[1])[live.part[0]] if live and live.part else found
 

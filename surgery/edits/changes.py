@@ -22,6 +22,7 @@ from surgery.arch import Architecture, Role
 from surgery.checkpoint import TensorFile, TensorInfo
 from surgery.edits.interface import Array, Edit, Target
 from surgery.edits.live import swapped
+from surgery.edits.projection import like
 from surgery.errors import EditError, describe, quote
 
 Vectors = NDArray[np.float64]
@@ -154,20 +155,37 @@ class Product(Change):
         return np.where(added == 0, slab, slab + added).astype(slab.dtype)
 
     def hook(self, model: Any, arch: Architecture, tensor: str) -> AbstractContextManager[Any]:
+        """y ↦ y + scale · out(intoᵀx) where the live module is that matrix and no more; else, of
+        experts and embeddings with something of their own, the parameter itself."""
         import torch
+        from transformers.pytorch_utils import Conv1D
 
-        role = arch.roles[tensor]
+        module, _ = arch.holder(model, tensor)
+        if not (
+            isinstance(module, torch.nn.Linear) or type(module) in (Conv1D, torch.nn.Embedding)
+        ):
+            return swapped(model, arch, {tensor: self._add})
 
         def add(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
-            out, into = (torch.from_numpy(f.read()).to(output) for f in (self.out, self.into))
+            out, into = self._factors(output)
             x = inputs[0]
             read = x.to(output) @ into if x.is_floating_point() else into[x]
             return output + self.scale * read @ out.T
 
-        handle: AbstractContextManager[Any] = arch.module(
-            model, role.role, role.layer
-        ).register_forward_hook(add)
+        handle: AbstractContextManager[Any] = module.register_forward_hook(add)
         return handle
+
+    def _factors(self, like: Any) -> tuple[Any, Any]:
+        import torch
+
+        return torch.from_numpy(self.out.read()).to(like), torch.from_numpy(self.into.read()).to(
+            like
+        )
+
+    def _add(self, old: Any) -> Any:
+        out, into = self._factors(old)
+        change = self.scale * out @ into.T
+        return old + (change if self.input_axis == 1 else change.T)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from surgery.addresses import Region, parse_layers
 from surgery.arch import Architecture, Writer
 from surgery.checkpoint import TensorFile, TensorInfo
 from surgery.edits.interface import Array, Edit, Fields, Reader, RecipeFiles, Target
+from surgery.edits.live import expert_written
 from surgery.edits.projection import OutputProjection, Vectors, project_torch, refuse_inexact
 from surgery.errors import EditError, RecipeError, quote
 
@@ -154,11 +155,15 @@ class NormKeepingDirection(Direction):
         with ExitStack() as stack:
             for role, layer in {(role.role, role.layer) for role in roles}:
                 module = arch.module(model, role, layer)
-                if arch.facts.modules[role].type == "embedding":
+                fact = arch.facts.modules[role]
+                if fact.type == "embedding":
                     stack.enter_context(module.register_forward_hook(self._turn_rows))
+                    continue
+                if fact.per_expert:
+                    stack.enter_context(module.register_forward_hook(self._scale_experts))
                 else:
                     stack.enter_context(module.register_forward_pre_hook(self._scale_input))
-                    stack.enter_context(module.register_forward_hook(self._project_output))
+                stack.enter_context(module.register_forward_hook(self._project_output))
             yield
 
     def _turn_rows(self, module: Any, inputs: Any, output: Any) -> Any:
@@ -170,10 +175,19 @@ class NormKeepingDirection(Direction):
         import torch
 
         weight = module.weight if isinstance(module, torch.nn.Linear) else module.weight.T
+        return (inputs[0] * self._live_factors(weight).to(inputs[0]), *inputs[1:])
+
+    def _scale_experts(self, module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+        for expert, weight in enumerate(module.down_proj):
+            more = (self._live_factors(weight) - 1).to(output)
+            output = output + expert_written(module, inputs, expert, more)
+        return output
+
+    def _live_factors(self, weight: Any) -> Any:
+        """By what each column of a live Linear's weight is multiplied: float64 [in]."""
         written = weight.double().T
         projected = project_torch(written, self.q, self.strength)
-        factors = written.norm(dim=-1) / projected.norm(dim=-1)
-        return (inputs[0] * factors.to(inputs[0]), *inputs[1:])
+        return written.norm(dim=-1) / projected.norm(dim=-1)
 
 
 @dataclass(frozen=True)

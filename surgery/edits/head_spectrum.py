@@ -25,15 +25,13 @@ import numpy as np
 from pydantic import Field, NonNegativeInt
 
 from surgery.addresses import Head, Region, parse_head
-from surgery.arch import Architecture
+from surgery.arch import Architecture, Band
 from surgery.checkpoint import TensorInfo
 from surgery.edits.interface import Array, Edit, Fields, Reader, RecipeFiles, Target
 from surgery.edits.projection import Vectors, project, project_torch
 from surgery.edits.selection import select
 from surgery.edits.spectrum import chosen, of_product, refuse_missing, refuse_nonfinite
 from surgery.errors import EditError, RecipeError
-
-NORM = "input_norm"
 
 
 class HeadSpectrumFields(Fields):
@@ -54,7 +52,7 @@ class HeadSpectrumFields(Fields):
         if self.circuit == "qk":
             _refuse_qk(arch, self.fold_norm)
             return QueryKey(heads, tuple(self.components), self.factor)
-        if self.fold_norm and NORM not in arch.facts.modules:
+        if self.fold_norm and _norm(arch, computing(arch, "v", heads[0])) is None:
             raise EditError(f"{arch.family} has no norm before attention for fold_norm to fold in")
         return OutputValue(heads, tuple(self.components), self.factor, self.fold_norm)
 
@@ -62,43 +60,32 @@ class HeadSpectrumFields(Fields):
 def _refuse_qk(arch: Architecture, fold_norm: bool) -> None:
     if fold_norm:
         raise EditError("fold_norm has no meaning with circuit qk: W_Q alone cannot hold the scale")
-    if "q_norm" in arch.facts.modules:
+    if arch.qk_norm:
         raise EditError(f"circuit qk is not exact on {arch.family}, which normalises its queries")
-    if "position_embed" not in arch.facts.modules:
+    if arch.facts.positions == "rotary":
         raise EditError(
             f"circuit qk is not exact on {arch.family}, which turns queries and keys by their "
             "positions before they meet"
         )
 
 
-def computing(arch: Architecture, part: str, head: Head) -> tuple[Region, int]:
-    """Where the `q` of a head, or the `k` or `v` it reads, is computed: the region of the stored
-    weight, and the axis of that region that runs along the head's dimensions.
+def computing(arch: Architecture, part: str, head: Head) -> Band:
+    """Where the `q` of a head, or the `k` or `v` it reads, is computed: of the stored weight.
 
     Raises `EditError` for a head this model does not have.
     """
-    arch.head_region(head)
-    dim = arch.sizes["head_dim"]
-    shared = arch.sizes["heads"] // arch.sizes["kv_heads"]
-    start = dim * (head.head if part == "q" else head.head // shared)
-    role = f"{part}_proj"
-    if role not in arch.facts.modules:
-        role = "qkv_proj"
-        start += arch.sizes["z_width"] * arch.facts.modules[role].parts.index(part)
-    axis = 1 - arch.input_axis(role)
-    shape = arch.shape(role)
-    return Region.band(arch.name(role, head.layer), shape, axis, start, start + dim), axis
+    return arch.qkv_regions(head)[part][0]
 
 
-def read(reader: Reader, region: Region, axis: int) -> Vectors:
-    """A region of a matrix as float64 [residual width, head_dim]; `axis` runs along the latter."""
-    parts = []
-    for band, slab in reader.rows(region.tensor):
-        rows = Region(region.tensor, (band.start, 0), (band.start + len(slab), slab.shape[1]))
+def read(reader: Reader, band: Band) -> Vectors:
+    """A band of a matrix as float64 [residual width, head_dim]; its axis runs along the latter."""
+    region, parts = band.region, []
+    for found, slab in reader.rows(region.tensor):
+        rows = Region(region.tensor, (found.start, 0), (found.start + len(slab), slab.shape[1]))
         if rows.overlaps(region):
             parts.append(slab[region.intersection(rows).within(rows)].astype(np.float64))
     matrix = np.concatenate(parts)
-    return matrix if axis == 1 else matrix.T
+    return matrix if band.axis == 1 else matrix.T
 
 
 @dataclass(frozen=True)
@@ -130,25 +117,25 @@ class CircuitSpectrum(Edit):
     factor: float
 
     @abstractmethod
-    def written(self, arch: Architecture, head: Head) -> tuple[Region, int]:
-        """The region that is edited for a head, and its axis of the head's dimensions."""
+    def written(self, arch: Architecture, head: Head) -> Band:
+        """What is edited for a head, along the axis of the head's dimensions."""
 
     @abstractmethod
     def vectors(self, arch: Architecture, reader: Reader, head: Head) -> Vectors:
         """The directions of the stream [width, components] that are scaled."""
 
     def targets(self, arch: Architecture, tensors: Mapping[str, TensorInfo]) -> tuple[Target, ...]:
-        return tuple(Target(self.written(arch, head)[0], "value") for head in self.heads)
+        return tuple(Target(self.written(arch, head).region, "value") for head in self.heads)
 
     def prepare(self, arch: Architecture, reader: Reader) -> tuple[Part, ...]:
         return tuple(self._part(arch, reader, head) for head in self.heads)
 
     def _part(self, arch: Architecture, reader: Reader, head: Head) -> Part:
-        region, axis = self.written(arch, head)
+        band = self.written(arch, head)
         if self.factor == 1:
-            return Part(head, region, np.zeros((arch.width, 0)), None)
+            return Part(head, band.region, np.zeros((arch.width, 0)), None)
         q = self.vectors(arch, reader, head)
-        return Part(head, region, q, q.T @ read(reader, region, axis) if axis == 1 else None)
+        return Part(head, band.region, q, q.T @ read(reader, band) if band.axis == 1 else None)
 
     def chosen(self, head: Head, squares: Vectors, vectors: Vectors) -> Vectors:
         return chosen(squares, vectors, self.components, f"{head}'s circuit")
@@ -164,14 +151,16 @@ class OutputValue(CircuitSpectrum):
 
     fold_norm: bool
 
-    def written(self, arch: Architecture, head: Head) -> tuple[Region, int]:
-        return arch.head_region(head), arch.input_axis("o_proj")
+    def written(self, arch: Architecture, head: Head) -> Band:
+        return Band(arch.head_region(head), arch.input_axis("o_proj"))
 
     def vectors(self, arch: Architecture, reader: Reader, head: Head) -> Vectors:
-        values = read(reader, *computing(arch, "v", head))
-        if self.fold_norm:
-            values = _folded(values, arch, reader, head.layer)
-        outputs = read(reader, *self.written(arch, head))
+        band = computing(arch, "v", head)
+        values = read(reader, band)
+        norm = _norm(arch, band) if self.fold_norm else None
+        if norm is not None:
+            values = _folded(values, arch, reader, arch.name(norm, head.layer))
+        outputs = read(reader, self.written(arch, head))
         refuse_nonfinite(np.concatenate([values, outputs]), head)
         _, squares, right = of_product(values, outputs)
         return self.chosen(head, squares, right)
@@ -199,21 +188,20 @@ class OutputValue(CircuitSpectrum):
 class QueryKey(CircuitSpectrum):
     """A head's queries read (1 − factor) less of the stream along the chosen u_i."""
 
-    def written(self, arch: Architecture, head: Head) -> tuple[Region, int]:
+    def written(self, arch: Architecture, head: Head) -> Band:
         return computing(arch, "q", head)
 
     def vectors(self, arch: Architecture, reader: Reader, head: Head) -> Vectors:
-        queries, keys = (read(reader, *computing(arch, part, head)) for part in "qk")
+        queries, keys = (read(reader, computing(arch, part, head)) for part in "qk")
         refuse_nonfinite(np.concatenate([queries, keys]), head)
         left, squares, _ = of_product(queries, keys)
         return self.chosen(head, squares, left)
 
     @contextmanager
     def hook(self, model: Any, arch: Architecture, state: tuple[Part, ...]) -> Iterator[None]:
-        dim = model.config.hidden_size // model.config.num_attention_heads
-
         def scale(part: Part, module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
-            queries = slice(part.head.head * dim, (part.head.head + 1) * dim)
+            layout = arch.facts.modules[arch.roles[part.region.tensor].role].layout
+            queries = _queries(model.config, layout, output.shape[-1], part.head.head)
             scaled = output.clone()
             projected = project_torch(inputs[0], part.q, 1 - self.factor)
             scaled[..., queries] = module.forward(projected)[..., queries]
@@ -227,8 +215,26 @@ class QueryKey(CircuitSpectrum):
             yield
 
 
-def _folded(values: Vectors, arch: Architecture, reader: Reader, layer: int) -> Vectors:
+def _queries(config: Any, layout: str, outputs: int, head: int) -> slice:
+    """Which of the `outputs` of a live projection are a head's queries, by the model's own config
+    and the size of what it gives: fused in groups, each head's lie before the group's key and
+    value; else they come first."""
+    heads = config.num_attention_heads
+    dim = config.hidden_size // heads
+    before = head
+    if layout == "groups":
+        groups = (outputs // dim - heads) // 2
+        before += 2 * (head // (heads // groups))
+    return slice(before * dim, (before + 1) * dim)
+
+
+def _norm(arch: Architecture, band: Band) -> str | None:
+    """The role of the norm between the stream and the projection of `band`, if there is one."""
+    return arch.facts.modules[arch.roles[band.region.tensor].role].norm
+
+
+def _folded(values: Vectors, arch: Architecture, reader: Reader, norm: str) -> Vectors:
     """W_V [width, head_dim] as it reads what the norm before it has only centred and divided."""
-    scale = np.concatenate([slab for _, slab in reader.rows(arch.name(NORM, layer))])
-    folded = scale.astype(np.float64)[:, None] * values
+    weight = np.concatenate([slab for _, slab in reader.rows(norm)]).astype(np.float64)
+    folded = (weight + arch.facts.norm_offset)[:, None] * values
     return folded - folded.mean(axis=0) if arch.facts.norm == "layer" else folded

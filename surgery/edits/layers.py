@@ -1,6 +1,8 @@
 """`layers`: scale what a block writes to the residual stream; 0 removes it.
 
-`part: attn` scales the output projection of attention, `mlp` that of the MLP, biases included.
+`part: attn` scales the output projection of attention, `mlp` that of the MLP, biases included; of
+experts, that of each. Where what a block gives is normalised before it is added (Gemma 2 and 3),
+the norm undoes every factor but 0, which an RMSNorm keeps.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from surgery.arch import Architecture, Role
 from surgery.checkpoint import TensorInfo
 from surgery.edits.interface import Array, Edit, Fields, RecipeFiles, Target
 from surgery.edits.scale import scale
+from surgery.errors import EditError
 
 Part = Literal["attn", "mlp", "both"]
 
@@ -30,7 +33,17 @@ class LayersFields(Fields):
     part: Part = "both"
 
     def build(self, arch: Architecture, files: RecipeFiles) -> LayersEdit:
+        if _normalised(arch) and self.factor not in (0, 1):
+            raise EditError(
+                f"layers with factor {self.factor} does nothing it says on {arch.family}, which "
+                "normalises what a block gives before adding it; factor 0 removes it"
+            )
         return LayersEdit(parse_layers(self.layers, arch.layers), self.factor, self.part)
+
+
+def _normalised(arch: Architecture) -> bool:
+    """Whether a norm alone lies between what a block gives and the stream it is added to."""
+    return arch.facts.norms == "both"
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,9 @@ class LayersEdit(Edit):
     def hook(self, model: Any, arch: Architecture, state: None) -> Iterator[None]:
         with ExitStack() as stack:
             for role, layer in {(role.role, role.layer) for _, role in self._writers(arch)}:
-                module = arch.module(model, role, layer)
+                # What is added to the stream: past the norm, where that is all that follows.
+                norm = arch.facts.modules[role].norm if _normalised(arch) else None
+                module = arch.module(model, norm or role, layer)
                 stack.enter_context(module.register_forward_hook(self._scale_output))
             yield
 

@@ -1,4 +1,4 @@
-"""Parameters of a live transformers model, swapped while a context lasts."""
+"""Parts of a live transformers model: parameters swapped for a while, one expert of many."""
 
 from __future__ import annotations
 
@@ -17,36 +17,51 @@ def swapped(
 
     Where the edited checkpoint stays tied, so do they: a parameter is swapped wherever it is used.
     """
+    import torch
+
     before: list[tuple[Any, str, Any]] = []
     try:
         for tensor, change in changes.items():
             places = _places(model, arch, tensor)
-            before += [(module, name, getattr(module, name)) for module, name in places]
-            new = _parameter(change(getattr(*places[0])))
+            old = getattr(*places[0])
+            before += [(module, name, old) for module, name in places]
+            new = torch.nn.Parameter(old.detach().clone(), requires_grad=False)
             for module, name in places:
                 setattr(module, name, new)
+            # A parameter can hold several tensors of the file, so one is changed within it.
+            part = arch.parameter(model, tensor)
+            part.copy_(change(part))
         yield
     finally:
-        for module, name, old in before:
+        for module, name, old in reversed(before):
             setattr(module, name, old)
 
 
 def _places(model: Any, arch: Architecture, tensor: str) -> list[tuple[Any, str]]:
     """(module, name) of every parameter of the model that the tensor is loaded into."""
-    role = arch.roles[tensor]
-    module = arch.module(model, role.role, role.layer)
+    holder = arch.holder(model, tensor)
     if not arch.tied:
-        return [(module, role.kind)]
-    wanted = getattr(module, role.kind)
+        return [holder]
+    wanted = getattr(*holder)
     return [
-        (holder, name)
-        for holder in model.modules()
-        for name, parameter in holder.named_parameters(recurse=False)
+        (module, name)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
         if parameter is wanted
     ]
 
 
-def _parameter(values: Any) -> Any:
+def expert_written(experts: Any, inputs: tuple[Any, ...], expert: int, by: Any) -> Any:
+    """What one expert adds to the output of a layer's experts [tokens, width], with its neurons
+    multiplied by `by` [expert_width].
+
+    transformers computes all experts of a layer in one module, from their stacked weights and the
+    router's choice; `inputs` are its x [tokens, width], indices and weights [tokens, chosen].
+    """
     import torch
 
-    return torch.nn.Parameter(values, requires_grad=False)
+    x, index, weight = inputs
+    gate, up = experts.gate_up_proj[expert].chunk(2)
+    activations = experts.act_fn(x @ gate.T) * (x @ up.T)
+    routed = torch.where(index == expert, weight, 0).sum(-1, keepdim=True)
+    return (routed * activations * by) @ experts.down_proj[expert].T

@@ -186,37 +186,37 @@ class _Adapter:
             if match is None or role is None or not self._expects(match, role):
                 unknown.append(key)
             elif match["name"] in ("weight", "bias"):
-                yield self._parameter(*role, match["name"]), self._whole(key)
+                yield self._parameter(role, match["name"]), self._whole(key)
             elif match["name"] in _PAIRS:
-                yield self.arch.name(*role), self._product(match, Role(*role, "weight"))
+                yield self._parameter(role, "weight"), self._product(match, role)
         if unknown:
             raise EditError(
                 f"{self.file.path}: is no adapter of its config for this {self.arch.family} "
                 f"model: {describe(unknown)}"
             )
 
-    def _expects(self, match: re.Match[str], role: tuple[str, int | None]) -> bool:
+    def _expects(self, match: re.Match[str], role: Role) -> bool:
         """Whether a key stands for something: a parameter held in full, or one factor of a module
         that the config names, whose other factor is there too."""
         path, name = match["path"], match["name"]
         if name in ("weight", "bias"):
             head = self.arch.name(self.arch.facts.tie.head)
             stored = {*self.arch.roles, head}
-            return self.config.saves(path, name) and self._parameter(*role, name) in stored
+            return self.config.saves(path, name) and self._parameter(role, name) in stored
         other = {**_PAIRS, **{second: first for first, second in _PAIRS.items()}}[name]
-        embedding = self.arch.facts.modules[role[0]].type == "embedding"
+        embedding = self.arch.facts.modules[role.role].type == "embedding"
         return (
             f"{_PREFIX}{path}.{other}" in self.file.tensors
             and name.startswith("lora_embedding") == embedding
-            and self.config.targets(path, role[1])
+            and self.config.targets(path, role.layer)
         )
 
-    def _parameter(self, role: str, layer: int | None, kind: str) -> str:
+    def _parameter(self, role: Role, kind: str) -> str:
         """The tensor a parameter is stored as: of a tied head's bias, the one it is tied to."""
         tie = self.arch.facts.tie
-        if self.arch.tied and (role, kind) == (tie.head, "bias") and tie.bias is not None:
+        if self.arch.tied and (role.role, kind) == (tie.head, "bias") and tie.bias is not None:
             return self.arch.name(tie.bias)
-        return self.arch.name(role, layer, kind)
+        return self.arch.name(role.role, role.layer, kind, role.expert)
 
     def _whole(self, key: str) -> Replacement:
         if self.strength != 1:
@@ -236,13 +236,19 @@ class _Adapter:
         return Product(out, into, self.strength * self.config.scale(path), axis)
 
 
-def _live_modules(arch: Architecture) -> dict[str, tuple[str, int | None]]:
-    """The path of every module, as a model with or without a head names it: role and layer."""
+def _live_modules(arch: Architecture) -> dict[str, Role]:
+    """The path of every module, as a model with or without a head names it: the role of its weight.
+
+    Experts are named one by one, as the file does and as PEFT did where each was a module.
+    """
     return {
-        f"{prefix}{fact.path.format(layer=layer)}": (role, layer)
+        f"{prefix}{fact.path.format(layer=layer, expert=expert)}": Role(
+            role, layer, "weight", expert
+        )
         for role, fact in arch.facts.modules.items()
         for prefix in ([""] if fact.root else arch.facts.prefixes)
-        for layer in (range(arch.layers) if fact.per_layer else [None])
+        for layer in (arch.layers_of(role) if fact.per_layer else [None])
+        for expert in (range(arch.sizes["experts"]) if fact.per_expert else [None])
     }
 
 

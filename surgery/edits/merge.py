@@ -105,7 +105,7 @@ class Partner:
     def info(self, role: Role) -> TensorInfo | None:
         """The tensor that plays `role` here: of a tied head, what it is tied to."""
         tie, tensors = self.arch.facts.tie, self.checkpoint.tensors
-        name = self.arch.name(role.role, role.layer, role.kind)
+        name = self.arch.name(role.role, role.layer, role.kind, role.expert)
         if name not in tensors and self.arch.tied and role.role == tie.head:
             other = tie.embed if role.kind == "weight" else tie.bias
             name = self.arch.name(other) if other is not None else name
@@ -166,7 +166,7 @@ class MergeEdit(Edit):
         root = partner.checkpoint.root
         if partner.arch.family != arch.family:
             raise EditError(f"{root}: is of family {partner.arch.family}, this is {arch.family}")
-        theirs = {arch.name(r.role, r.layer, r.kind) for r in partner.arch.roles.values()}
+        theirs = {arch.name(r.role, r.layer, r.kind, r.expert) for r in partner.arch.roles.values()}
         problems = [f"{quote(n)} is only there" for n in theirs - {*arch.roles} if self._chosen(n)]
         for name in names:
             problems += self._mismatch(arch, tensors[name], partner)

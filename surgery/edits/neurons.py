@@ -17,6 +17,7 @@ from surgery.addresses import Neuron, Region, parse_neuron
 from surgery.arch import Architecture
 from surgery.checkpoint import TensorInfo
 from surgery.edits.interface import Array, Edit, Fields, RecipeFiles, Target
+from surgery.edits.live import expert_written
 from surgery.edits.scale import scale
 from surgery.edits.selection import select
 
@@ -70,7 +71,9 @@ class NeuronsEdit(Edit):
             return (activations, *inputs[1:])
 
         def scale_expert(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
-            return output + (self.factor - 1) * _written(module, inputs, expert, neurons)
+            more = output.new_zeros(module.down_proj.shape[-1])
+            more[neurons] = self.factor - 1
+            return output + expert_written(module, inputs, expert or 0, more)
 
         handle: AbstractContextManager[Any]
         if expert is None:
@@ -80,18 +83,3 @@ class NeuronsEdit(Edit):
             experts = arch.module(model, "expert_down_proj", layer)
             handle = experts.register_forward_hook(scale_expert)
         return handle
-
-
-def _written(experts: Any, inputs: tuple[Any, ...], expert: int | None, neurons: list[int]) -> Any:
-    """What `neurons` of one expert add to the output of a layer's experts [tokens, width].
-
-    transformers computes all experts of a layer in one module, from their stacked weights and the
-    router's choice; `inputs` are its x [tokens, width], indices and weights [tokens, chosen].
-    """
-    import torch
-
-    x, index, weight = inputs
-    gate, up = (rows[neurons] for rows in experts.gate_up_proj[expert].chunk(2))
-    activations = experts.act_fn(x @ gate.T) * (x @ up.T)
-    routed = torch.where(index == expert, weight, 0).sum(-1, keepdim=True)
-    return (routed * activations) @ experts.down_proj[expert][:, neurons].T
