@@ -175,12 +175,8 @@ class Product(Change):
         handle: AbstractContextManager[Any] = module.register_forward_hook(add)
         return handle
 
-    def _factors(self, like: Any) -> tuple[Any, Any]:
-        import torch
-
-        return torch.from_numpy(self.out.read()).to(like), torch.from_numpy(self.into.read()).to(
-            like
-        )
+    def _factors(self, tensor: Any) -> tuple[Any, Any]:
+        return like(self.out.read(), tensor), like(self.into.read(), tensor)
 
     def _add(self, old: Any) -> Any:
         out, into = self._factors(old)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from inputs import (
-    SQUARE,
-    write_adapter,
-    write_box,
-    write_factors,
-    write_partners,
-    write_patch,
-    write_vector,
+from cases import (
+    CASES,
+    MEANT,
+    REFUSED,
+    WIDTH,
+    Case,
+    direction_cases,
+    merge_cases,
+    spectrum_cases,
+    written_cases,
 )
-from models import FAMILIES, MODELS
+from models import MODELS
 from oracles import assert_equivalent, assert_rounded_once, edited_logits, load_model, logits
 from recipes import HEADS, NEURONS, apply_edits, editor_of, make_sae, plan_of, sae_edit
 
@@ -25,221 +25,11 @@ from surgery.edits import OPS
 from surgery.errors import EditError
 from surgery.verify import verify
 
-WIDTH = 32
-WIDE_HEADS = (
-    "llama-biased", "mistral", "qwen3", "qwen3_moe", "gemma", "gemma-biased", "gemma2",
-    "gemma3_text",
-)  # fmt: skip
-Z_WIDTH = {model: 64 if model in WIDE_HEADS else 32 for model in MODELS}
-EXPERT_NEURONS = {
-    "mixtral": ["L0E1N3", "L1E0N40", "L1E2N40"],
-    "qwen3_moe": ["L0N47", "L1E1N3", "L1E0N3", "L1E0N39"],
-}
-HOOKS = (
-    "hook_resid_pre",
-    "hook_attn_out",
-    "hook_resid_mid",
-    "hook_mlp_out",
-    "hook_resid_post",
-    "attn.hook_z",
-)
-ATTENTION = ("hook_attn_out", "hook_resid_mid", "attn.hook_z")
-PARALLEL = tuple(hook for hook in HOOKS if hook != "hook_resid_mid")
-STEERED: dict[str, tuple[str, ...]] = {
-    "gptj": ("hook_resid_pre", "hook_mlp_out", "hook_resid_post"),
-    "gpt_neox": PARALLEL,
-    "falcon": PARALLEL, "falcon-biased": PARALLEL, "falcon-new": PARALLEL,
-    "falcon-one-norm": PARALLEL,
-    "mpt": (), "mistral": (), "qwen2": (), "phi3": (), "phi3-partial": (), "mixtral": (),
-    "qwen3": ATTENTION, "qwen3_moe": ATTENTION, "gemma": ATTENTION, "gemma-biased": ATTENTION,
-    "gemma2": ("attn.hook_z",), "gemma3_text": ("attn.hook_z",),
-}  # fmt: skip
-"""Where a bias can hold a vector; everywhere, in models that are not listed."""
-ENCODERS = ("bert", "roberta", "distilbert")
-RESCALED = (*ENCODERS, "gemma2", "gemma3_text")
-"""Models that normalise what blocks write; bloom does so with its embeddings alone."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One edit of one model; `refused` is what the error says where it has no meaning."""
-
-    model: str
-    edit: dict[str, Any]
-    hook: str = ""
-    refused: str = ""
-    untie: bool = False
-    config: dict[str, Any] = field(default_factory=dict)
-    files: Callable[[Path, Path], None] | None = None
-
-    def __str__(self) -> str:
-        op = self.edit.get("patch", self.edit["op"])
-        keys = {
-            "op",
-            "sae",
-            "patch",
-            "features",
-            "heads",
-            "neurons",
-            "file",
-            "adapter",
-            "at",
-            "vector",
-        }
-        rest = [f"{k}={v}" for k, v in self.edit.items() if k not in keys]
-        return "-".join([self.model, op, self.hook.replace("blocks.", ""), *rest])
-
-    def prepare(self, folder: Path, base: Path) -> dict[str, Any]:
-        """Writes the files the edit reads for the model `base`; returns the recipe's fields."""
-        if self.files is not None:
-            self.files(folder, base)
-        if self.hook:
-            width = Z_WIDTH[self.model] if self.hook.endswith("hook_z") else WIDTH
-            make_sae(folder / "sae", self.hook, width)
-        return {"edits": [self.edit], "untie": self.untie}
-
-
-def scaling_cases() -> Iterator[Case]:
-    for model in MODELS:
-        neurons = {**NEURONS, "neurons": EXPERT_NEURONS.get(model, NEURONS["neurons"])}
-        for edit in (HEADS, neurons):
-            for factor in (0.0, 0.5, -2.0):
-                yield Case(model, {**edit, "factor": factor})
-
-
-def projection_cases() -> Iterator[Case]:
-    post, z = "blocks.1.hook_resid_post", "blocks.1.attn.hook_z"
-    for model in MODELS:
-        allow = {"approximate": True} if model in RESCALED else {}
-        whole = {"approximate": True} if model == "bloom" else allow
-        for features, more in (((1, 4, 7), {}), ((2,), {"strength": 0.5, "center": True})):
-            edit = sae_edit("orthogonalize", features, **whole, **more)
-            yield Case(model, edit, post, untie=True)
-        for layers in ([1], "0-1"):
-            edit = sae_edit("orthogonalize", layers=layers, **allow)
-            yield Case(model, edit, "blocks.0.hook_mlp_out")
-        yield Case(model, sae_edit("z_project", strength=0.75), z)
-        yield Case(model, sae_edit("z_project", (3,)), "blocks.0.attn.hook_z")
-        yield Case(model, sae_edit("z_project"), post, refused="hooks 'hook_resid_post'")
-        yield Case(model, sae_edit("orthogonalize", **allow), z, refused="hooks 'attn.hook_z'")
-    for model in (*RESCALED, "bloom"):
-        edit = sae_edit("orthogonalize")
-        yield Case(model, edit, post, untie=True, refused="which normalises what")
-    for model in RESCALED:
-        edit = sae_edit("orthogonalize", layers=[0])
-        yield Case(model, edit, post, refused="which normalises what")
-
-
-def steering_cases() -> Iterator[Case]:
-    for model in MODELS:
-        for hook in HOOKS:
-            for layer in (0, 1):
-                yield Case(
-                    model,
-                    sae_edit("steer_bias", strength=3.0),
-                    f"blocks.{layer}.{hook}",
-                    refused=steering_refusal(model, hook, layer),
-                )
-        if STEERED.get(model, HOOKS):
-            yield Case(
-                model,
-                sae_edit("steer_bias"),
-                "blocks.0.hook_normalized",
-                refused="hooks 'hook_normalized'",
-            )
-
-
-def steering_refusal(model: str, hook: str, layer: int) -> str:
-    """Why no bias can hold a vector there, by hand: what enters the first block of a decoder is
-    an embedding without a bias, but in bloom, which normalises it."""
-    steered, family = STEERED.get(model, HOOKS), model.partition("-")[0]
-    if not steered:
-        return f"{family} has no bias that could hold this steering"
-    if hook not in steered:
-        return f"hooks '{hook}'; steer_bias on {family} needs one of"
-    first = hook == "hook_resid_pre" and layer == 0 and model not in (*ENCODERS, "bloom")
-    return f"{family} has no bias at blocks.0" if first else ""
-
-
-def written_cases() -> Iterator[Case]:
-    for family in FAMILIES:
-        at = {SQUARE[family].format(1): [3, 5]}
-        patch = {"op": "tensor", "file": "patch.safetensors"}
-        yield Case(family, patch, files=write_patch, untie=True)
-        yield Case(family, {"op": "tensor", "file": "box.safetensors", "at": at}, files=write_box)
-        for scale in (1.0, -0.5):
-            edit = {"op": "low_rank", "file": "uv.safetensors", "scale": scale}
-            yield Case(family, edit, files=write_factors, untie=True)
-        yield Case(family, {"op": "lora", "adapter": "adapter"}, files=write_adapter, untie=True)
-
-
-def direction_cases() -> Iterator[Case]:
-    vector = {"vector": {"file": "d.safetensors", "key": "d"}}
-    edit = {"op": "direction", **vector}
-    for family in FAMILIES:
-        allow = {"approximate": True} if family == "bert" else {}
-        for more in (
-            {},
-            {"strength": 0.5, "layers": [1]},
-            {"keep_norms": "columns"},
-            {"keep_norms": "columns", "strength": -0.5, "matrices": ["down_proj", "embed"]},
-            {"matrices": ["o_proj"], "layers": "0-1"},
-        ):
-            yield Case(family, {**edit, **allow, **more}, files=write_vector, untie=True)
-    yield Case("bert", edit, refused="direction is not exact on bert", files=write_vector)
-
-
-def layer_cases() -> Iterator[Case]:
-    for family in FAMILIES:
-        for part, factor in (("attn", 0.0), ("mlp", -0.5), ("both", 2.0)):
-            yield Case(family, {"op": "layers", "layers": [1], "part": part, "factor": factor})
-        yield Case(family, {"op": "layers", "layers": "0-1"})
-
-
-def merge_cases() -> Iterator[Case]:
-    one = {"op": "merge", "with": [{"model": "other", "weight": 0.4}]}
-    two = {**one, "with": [*one["with"], {"model": "third", "weight": 0.3}]}
-    for family in FAMILIES:
-        for edit in (
-            {**one, "include": ["*.1.*"], "exclude": ["*norm*"]},
-            {**two, "method": "task_arithmetic"},
-            {**one, "method": "slerp"},
-            {**two, "method": "ties", "density": 0.3},
-        ):
-            yield Case(family, edit, files=write_partners)
-
-
-def spectrum_cases() -> Iterator[Case]:
-    head = {"op": "head_spectrum", "heads": ["L0H1", "L1H0", "L1H3"], "components": [0, 2]}
-    qk = {**head, "circuit": "qk", "components": [0]}
-    refused = {"llama": "turns queries and keys", "qwen3": "normalises its queries"}
-    for family in FAMILIES:
-        output = {"op": "lm_head_spectrum", "components": [0, 3]}
-        for factor in (0.0, 0.5, -1.0):
-            yield Case(family, {**output, "factor": factor}, untie=True)
-            yield Case(family, {**head, "factor": factor})
-        yield Case(family, {**qk, "factor": -2.0}, refused=refused.get(family, ""))
-        norm = "bert has no norm before attention" if family == "bert" else ""
-        yield Case(family, {**head, "fold_norm": True}, refused=norm)
-
-
-CASES = [
-    *scaling_cases(),
-    *projection_cases(),
-    *steering_cases(),
-    *written_cases(),
-    *direction_cases(),
-    *layer_cases(),
-    *merge_cases(),
-    *spectrum_cases(),
-]
-MEANT = [case for case in CASES if not case.refused]
-REFUSED = [case for case in CASES if case.refused]
-
 
 def test_every_registered_op_is_tried_on_every_model() -> None:
-    tried = {(case.edit["op"], case.model) for case in MEANT}
-    assert tried == {(op, model) for op in OPS for model in MODELS}
+    assert {case.op for case in CASES} == set(OPS)
+    tried = {(case.way, case.model) for case in CASES}
+    assert tried == {(case.way, model) for case in CASES for model in MODELS}
 
 
 @pytest.mark.parametrize("case", MEANT, ids=str)
