@@ -115,10 +115,9 @@ def apply_plan(
         try:
             staging.commit()
         finally:
-            if writer is not None:
-                writer.owed = staging.committed
-        if writer is not None:
-            writer.commit()
+            if writer is not None and staging.committed:
+                writer.owed = True
+                writer.commit()
     notes = [*_link_notes(shards.linked, link), *_trust_notes(plan, trusted, trust_receipt)]
     return Applied(output, plan.edited, receipt, tuple(notes))
 

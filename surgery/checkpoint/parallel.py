@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from functools import partial
-from threading import Lock
+from threading import Condition
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -30,12 +30,12 @@ def in_parallel(
     """
     meter = _Meter(total, progress)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        running = {file: pool.submit(job, partial(meter, file)) for file, job in jobs.items()}
         try:
+            running = {file: pool.submit(meter.run, file, job) for file, job in jobs.items()}
             return {file: job.result() for file, job in running.items()}
         except BaseException:
+            # A signal may come while a thread is being started, which the pool then does not know.
             meter.cancel()
-            pool.shutdown(cancel_futures=True)
             raise
 
 
@@ -44,16 +44,34 @@ class _Meter:
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self._total, self._progress = total, progress
-        self._done, self._lock, self._cancelled = 0, Lock(), False
+        self._done, self._running, self._cancelled = 0, 0, False
+        self._lock = Condition()
 
-    def __call__(self, file: str, nbytes: int) -> None:
-        """Raises `CancelledError` once `cancel` was called."""
+    def run(self, file: str, job: Callable[[Advance], Result]) -> Result:
+        """Does a job; raises `CancelledError` where `cancel` was called before its end."""
+        with self._lock:
+            self._refuse_cancelled()
+            self._running += 1
+        try:
+            return job(partial(self._advance, file))
+        finally:
+            with self._lock:
+                self._running -= 1
+                self._lock.notify_all()
+
+    def cancel(self) -> None:
+        """Stops every job, and returns when none is running any more."""
+        with self._lock:
+            self._cancelled = True
+            self._lock.wait_for(lambda: not self._running)
+
+    def _refuse_cancelled(self) -> None:
         if self._cancelled:
             raise CancelledError
+
+    def _advance(self, file: str, nbytes: int) -> None:
         with self._lock:
+            self._refuse_cancelled()
             self._done += nbytes
             if self._progress is not None:
                 self._progress(file, self._done, self._total)
-
-    def cancel(self) -> None:
-        self._cancelled = True

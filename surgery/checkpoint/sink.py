@@ -30,10 +30,10 @@ Bytes = bytes | bytearray | memoryview
 
 
 class Target(ABC):
-    """A new file that takes bytes in order; leaving it syncs it, or just closes it on an error."""
+    """A new, open file that takes bytes in order; leaving it syncs it, or on an error closes it."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    def __init__(self, file: int) -> None:
+        self._file = file
 
     def __enter__(self) -> Target:
         return self
@@ -71,8 +71,8 @@ class Target(ABC):
 class Sink(Target):
     """Writes every byte."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, file: int) -> None:
+        super().__init__(file)
         self._direct = _bypass_cache(self._file, True)
         self._buffers = [memoryview(mmap(-1, BUFFER)) for _ in range(2)]
         self._filled, self._offset = 0, 0
@@ -131,19 +131,10 @@ class Sink(Target):
 
 
 class Clone(Target):
-    """Shares its blocks with the source and writes only what differs from it.
+    """Shares its blocks with the source already and writes only what differs from it."""
 
-    Raises `OSError` where the file system cannot share blocks.
-    """
-
-    def __init__(self, path: Path, source: int) -> None:
-        super().__init__(path)
-        try:
-            fcntl.ioctl(self._file, FICLONE, source)
-        except OSError:
-            path.unlink()
-            os.close(self._file)
-            raise
+    def __init__(self, file: int) -> None:
+        super().__init__(file)
         self._offset, self._scratch = 0, memoryview(bytearray(BUFFER))
 
     def room(self) -> memoryview:
@@ -158,6 +149,21 @@ class Clone(Target):
 
     def _finish(self) -> None:
         """Nothing is held back."""
+
+
+def open_target(path: Path, source: int, whole: bool) -> Target:
+    """The new file `path`: a clone of `source`, where the `whole` of it stays and the file system
+    can share its blocks."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    return Clone(file) if whole and _clone(source, file) else Sink(file)
+
+
+def _clone(source: int, target: int) -> bool:
+    try:
+        fcntl.ioctl(target, FICLONE, source)
+    except OSError:
+        return False
+    return True
 
 
 def write_at(descriptor: int, offset: int, data: Bytes) -> None:

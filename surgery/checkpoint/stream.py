@@ -9,13 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.files import PART, open_regular, read_exactly, read_into
-from surgery.checkpoint.sink import Bytes, Clone, Sink, Target
+from surgery.checkpoint.sink import Bytes, Clone, Target, open_target
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def copy(
         size = os.fstat(descriptor).st_size
         end = size if stop is None else stop
         whole = head is None and end == size
-        with _open(target, descriptor, whole) as output:
+        with open_target(target, descriptor, whole) as output:
             untouched = whole and not patches
             if untouched and known is not None and isinstance(output, Clone):
                 return Copied(known, known)
@@ -78,14 +77,6 @@ def copy(
             for extra in tail:
                 copying.append(extra)
     return copying.digests()
-
-
-def _open(target: Path, source: int, whole: bool) -> Target:
-    """A clone of the source where all of it stays and the file system can share its blocks."""
-    if whole:
-        with suppress(OSError):
-            return Clone(target, source)
-    return Sink(target)
 
 
 class _Pass:

@@ -158,3 +158,33 @@ def test_a_source_cut_short_while_it_is_copied_is_an_error_and_no_signal(
 
     with pytest.raises(CheckpointError, match=r"source: truncated at byte \d+ while it was read"):
         copy(source, tmp_path / "target", head=b"x", skip=1, advance=cut)
+
+
+def test_a_clone_is_written_only_where_it_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system that shares blocks, which a copy beforehand stands for here."""
+    data = os.urandom(3 * PART + 17)
+    written: list[tuple[int, int]] = []
+    real = os.pwrite
+
+    def share(descriptor: int, source: int) -> bool:
+        return real(descriptor, os.pread(source, len(data), 0), 0) == len(data)
+
+    def note(descriptor: int, part: Any, offset: int) -> int:
+        written.append((offset, len(part)))
+        return real(descriptor, part, offset)
+
+    monkeypatch.setattr(sink, "_clone", lambda source, target: share(target, source))
+    monkeypatch.setattr(os, "pwrite", note)
+    (tmp_path / "source").write_bytes(data)
+    patch = Patch(PART - 3, PART + 5, lambda old: bytes(8))
+    expected = data[: PART - 3] + bytes(8) + data[PART + 5 :]
+    copied = copy(tmp_path / "source", tmp_path / "patched", patches=[patch])
+    assert (tmp_path / "patched").read_bytes() == expected
+    assert copied == Copied(*(hashlib.sha256(raw).hexdigest() for raw in (data, expected)))
+    assert written == [(PART - 3, 8)]
+    known = copied.source
+    assert copy(tmp_path / "source", tmp_path / "same", known=known) == Copied(known, known)
+    assert (tmp_path / "same").read_bytes() == data
+    assert len(written) == 1
