@@ -130,6 +130,20 @@ def projection_cases() -> Iterator[Case]:
         yield Case(model, edit, post, refused="which normalises what")
 
 
+def rank_one_cases() -> Iterator[Case]:
+    post = "blocks.1.hook_resid_post"
+    for model in MODELS:
+        allow = {"approximate": True} if model in RESCALED else {}
+        whole = {"approximate": True} if model == "bloom" else allow
+        yield Case(model, sae_edit("rank1", strength=0.2, **whole), post, untie=True)
+        edit = sae_edit("rank1", (2,), strength=-0.5, layers=[1], **allow)
+        yield Case(model, edit, "blocks.0.hook_mlp_out")
+        yield Case(model, sae_edit("rank1"), "blocks.1.attn.hook_z", refused="hooks 'attn.hook_z'")
+    for model in (*RESCALED, "bloom"):
+        edit = sae_edit("rank1")
+        yield Case(model, edit, post, untie=True, refused="rank1 is not exact on")
+
+
 def steering_cases() -> Iterator[Case]:
     for model in MODELS:
         for hook in HOOKS:
@@ -211,6 +225,7 @@ def merge_cases() -> Iterator[Case]:
 CASES = [
     *scaling_cases(),
     *projection_cases(),
+    *rank_one_cases(),
     *steering_cases(),
     *written_cases(),
     *direction_cases(),
@@ -254,6 +269,12 @@ BY_DTYPE = [
     Case("bert", {**NEURONS, "factor": 0.3}),
     Case("llama", sae_edit("orthogonalize", strength=0.9), "blocks.1.hook_resid_post"),
     Case("qwen3", sae_edit("z_project"), "blocks.1.attn.hook_z"),
+    Case(
+        "gpt2",
+        sae_edit("rank1", strength=0.2, layers="all"),
+        "blocks.1.hook_resid_post",
+        untie=True,
+    ),
     Case("llama", sae_edit("steer_bias"), "blocks.0.hook_mlp_out"),
     Case("gpt2", sae_edit("steer_bias"), "blocks.0.attn.hook_z"),
     *(case for case in written_cases() if case.model in ("gpt2", "qwen3")),
