@@ -13,13 +13,15 @@ With W_dec[i] the decoder row of feature i and Q an orthonormal basis of the cho
   norm 1 and e_i the encoder column in the model's units: Linear (I + s·DEᵀ)W; Conv1D, embeddings
   and biases W(I + s·EDᵀ). A linear approximation of a feature s times as strong: it drops the
   gate and the encoder's bias, so that the feature acts on every token, with either sign.
+- `append_neuron` is refused: one more neuron widens every MLP of the model, since one config field
+  gives the width of all, and an edited checkpoint keeps the shape of every tensor it had.
 
 Projection is unconditional: it is not the ablation of a feature only where it is active.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import numpy as np
 from pydantic import Field, NonNegativeInt
@@ -51,7 +53,9 @@ class SaeFields(Fields):
     op: Literal["sae"]
     sae: str
     features: Annotated[list[NonNegativeInt], Field(min_length=1)]
-    patch: Literal["orthogonalize", "z_project", "steer_bias", "rank1"] = "orthogonalize"
+    patch: Literal["orthogonalize", "z_project", "steer_bias", "rank1", "append_neuron"] = (
+        "orthogonalize"
+    )
     strength: float = 1.0
     layers: str | list[NonNegativeInt] | None = None
     approximate: bool = False
@@ -62,6 +66,8 @@ class SaeFields(Fields):
     def build(self, arch: Architecture, files: RecipeFiles) -> Edit:
         if len(set(self.features)) != len(self.features):
             raise RecipeError("a feature is named twice")
+        if self.patch == "append_neuron":
+            _refuse_neuron(arch)
         if self.patch not in ON_WRITERS and (self.layers is not None or self.approximate):
             raise RecipeError(f"layers and approximate have no meaning with patch {self.patch}")
         with opened(self.sae, files, pickle=self.pickle) as sae:
@@ -88,6 +94,21 @@ class SaeFields(Fields):
         columns = sae.encoder_columns(self.features) * sae.scale(self.patch)
         units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
         return RankOne(columns.T.copy(), self.strength, layers, whole, units.T.copy())
+
+
+def _refuse_neuron(arch: Architecture) -> NoReturn:
+    """Raises `EditError`: why no neuron can stand for a feature in this model."""
+    if arch.activation == "relu":
+        reason = (
+            "one neuron more changes the shape of every MLP's tensors, and an edited checkpoint "
+            "keeps the shapes it had"
+        )
+    else:
+        reason = f"a feature is gated by relu and this model's neurons by {arch.activation}"
+    raise EditError(
+        f"append_neuron has no place in this {arch.family} model: {reason}; rank1 adds the feature "
+        "without its gate, steer_bias a constant amount of it"
+    )
 
 
 def _centered(rows: Vectors) -> Vectors:

@@ -17,7 +17,7 @@ from inputs import (
     write_patch,
     write_vector,
 )
-from models import FAMILIES, MODELS
+from models import FAMILIES, MODELS, family_of
 from oracles import assert_equivalent, assert_rounded_once, edited_logits, load_model, logits
 from recipes import HEADS, NEURONS, apply_edits, editor_of, make_sae, plan_of, sae_edit
 
@@ -139,6 +139,9 @@ def rank_one_cases() -> Iterator[Case]:
         edit = sae_edit("rank1", (2,), strength=-0.5, layers=[1], **allow)
         yield Case(model, edit, "blocks.0.hook_mlp_out")
         yield Case(model, sae_edit("rank1"), "blocks.1.attn.hook_z", refused="hooks 'attn.hook_z'")
+        # Of these, OPT alone has the ReLU that a feature has.
+        why = "keeps the shapes it had" if family_of(model) == "opt" else "neurons by "
+        yield Case(model, sae_edit("append_neuron"), post, refused=why)
     for model in (*RESCALED, "bloom"):
         edit = sae_edit("rank1")
         yield Case(model, edit, post, untie=True, refused="rank1 is not exact on")

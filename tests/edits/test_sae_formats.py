@@ -87,7 +87,14 @@ def dictionary_learning(root: Path, a: Arrays, kind: str = "AutoEncoderTopK") ->
         "MatryoshkaBatchTopKSAE": {**a, "threshold": np.float32(0.5), "k": np.int64(4)},
     }
     save_pickle(root / "trainer_0/ae.pt", states[kind])
-    trainer = {"dict_class": kind, "activation_dim": D, "dict_size": N, "layer": 1}
+    trainer = {
+        "dict_class": kind,
+        "activation_dim": D,
+        "dict_size": N,
+        "layer": 1,
+        "k": 4,
+        "lm_name": "x/y",
+    }
     fields = {"trainer": {**trainer, "submodule_name": "resid_post_layer_1"}}
     save_json(root / "trainer_0/config.json", {**fields, "buffer": {"io": "out", "ctx_len": 128}})
     return "trainer_0"
@@ -156,7 +163,7 @@ def test_every_format_is_read_into_one_frame(name: str, tmp_path: Path) -> None:
         if sae.activation == "jumprelu" and sae.threshold is None:
             assert (sae.tensors["threshold"].read() == a["threshold"]).all()
     if name == "llama_scope":
-        assert (sae.threshold, sae.activation) == (0.5, "jumprelu")
+        assert (sae.threshold, sae.activation) == (0.5 * SCALE[name], "jumprelu")
 
 
 @pytest.mark.parametrize(
@@ -173,6 +180,26 @@ def test_every_class_of_dictionary_learning_is_read(kind: str, tmp_path: Path) -
         assert (sae.tensors["b_dec"].read() == a["b_dec"]).all()
         assert sae.centered == (kind not in ("AutoEncoderNew", "JumpReluAutoEncoder"))
         assert ("b_enc" in sae.tensors) == (kind != "GatedAutoEncoder")
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"norm_activation": "none"}, (1.0, 0.5, "jumprelu")),
+        ({"norm_activation": "inference"}, (1.0, 0.5, "jumprelu")),
+        ({"norm_activation": "token-wise"}, (None, 0.5, "jumprelu")),
+        ({"norm_activation": "none", "act_fn": "topk"}, (1.0, 0.5, "jumprelu")),
+        ({"norm_activation": "none", "act_fn": "topk", "jump_relu_threshold": 0},
+         (1.0, None, "topk")),
+    ],
+)  # fmt: skip
+def test_llama_scope_says_what_it_scales_and_where_it_jumps(
+    fields: dict[str, Any], found: tuple[Any, ...], tmp_path: Path
+) -> None:
+    name = llama_scope(tmp_path, arrays())
+    broken(LLAMA, **fields)(tmp_path / name)
+    with opened(name, files_of(tmp_path)) as sae:
+        assert (sae.input_scale, sae.threshold, sae.activation) == found
 
 
 @pytest.mark.parametrize("patch", ["rank1", "orthogonalize", "steer_bias"])

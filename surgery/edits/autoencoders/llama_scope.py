@@ -1,8 +1,11 @@
 """Llama Scope: `hyperparams.json` and `checkpoints/final.safetensors`.
 
 Trained on activations scaled to norm √d on average: x·√d / dataset_average_activation_norm.in,
-and giving them back scaled by `.out`, which is the same for an autoencoder. Other ways of
-normalising are of each token or batch, so that no number undoes them.
+and giving them back scaled by `.out`, which is the same for an autoencoder. `none` and `inference`
+mean that nothing is scaled (any more); other ways of normalising are of each token or batch, so
+that no number undoes them. `jump_relu_threshold` is for activations that are not scaled, and for
+decoder rows of norm 1, which the format's own loader makes them; one above zero is what replaces
+top-k once training is over.
 """
 
 from __future__ import annotations
@@ -28,14 +31,15 @@ class LlamaScope(Format):
         hook = config.text("hook_point_in")
         config.refuse_transcoder(config.text("hook_point_out") not in (None, hook))
         tensors = stored(file, _TENSORS, transposed=("W_enc", "W_dec"))
-        act = config.text("act_fn") or "jumprelu"
+        scale = _scale(config, tensors["W_dec"].shape[-1])
+        jumps = bool(config.get("jump_relu_threshold"))
         sae = Autoencoder(
             file.path,
             tensors,
-            act,
+            "jumprelu" if jumps else config.text("act_fn") or "relu",
             hook,
-            input_scale=_scale(config, tensors["W_dec"].shape[-1]),
-            threshold=config.number("jump_relu_threshold") if act == "jumprelu" else None,
+            input_scale=scale,
+            threshold=config.number("jump_relu_threshold") * (scale or 1) if jumps else None,
             centered=config.get("apply_decoder_bias_to_pre_encoder") is True,
         )
         config.check_sizes(sae, ["d_sae"], ["d_model"])
@@ -45,7 +49,7 @@ class LlamaScope(Format):
 def _scale(config: Config, width: int) -> float | None:
     how = config.text("norm_activation") or "dataset-wise"
     if how != "dataset-wise":
-        return 1.0 if how == "none" else None
+        return 1.0 if how in ("none", "inference") else None
     norm = config.number(_NORMS, "in")
     if config.get(_NORMS, "out") not in (None, norm):
         raise CheckpointError(
