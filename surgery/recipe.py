@@ -92,6 +92,13 @@ class RecipeFolder:
         self._digest(relative, path)
         return path
 
+    def folder(self, relative: str) -> Path:
+        """The real path of a folder the recipe names; raises `RecipeError` if it may not be read.
+
+        What is read in it is read, and digested, through `path`.
+        """
+        return self._resolve(relative)
+
     def checkpoint(self, relative: str) -> Checkpoint:
         """The checkpoint folder the recipe names; its config and weight files are digested.
 

@@ -16,7 +16,7 @@ from inputs import (
     write_patch,
     write_vector,
 )
-from models import FAMILIES, MODELS
+from models import FAMILIES, MODELS, family_of
 from recipes import HEADS, NEURONS, make_sae, sae_edit
 
 WIDTH = 32
@@ -136,6 +136,23 @@ def projection_cases() -> Iterator[Case]:
         yield Case(model, edit, post, refused="which normalises what")
 
 
+def rank_one_cases() -> Iterator[Case]:
+    post = "blocks.1.hook_resid_post"
+    for model in MODELS:
+        allow = {"approximate": True} if model in RESCALED else {}
+        whole = {"approximate": True} if model == "bloom" else allow
+        yield Case(model, sae_edit("rank1", strength=0.2, **whole), post, untie=True)
+        edit = sae_edit("rank1", (2,), strength=-0.5, layers=[1], **allow)
+        yield Case(model, edit, "blocks.0.hook_mlp_out")
+        yield Case(model, sae_edit("rank1"), "blocks.1.attn.hook_z", refused="hooks 'attn.hook_z'")
+        # Of these, OPT alone has the ReLU that a feature has.
+        why = "keeps the shapes it had" if family_of(model) == "opt" else "neurons by "
+        yield Case(model, sae_edit("append_neuron"), post, refused=why)
+    for model in (*RESCALED, "bloom"):
+        edit = sae_edit("rank1")
+        yield Case(model, edit, post, untie=True, refused="rank1 is not exact on")
+
+
 def steering_cases() -> Iterator[Case]:
     for model in MODELS:
         for hook in HOOKS:
@@ -248,6 +265,7 @@ def meeting_refusal(model: str) -> str:
 CASES = [
     *scaling_cases(),
     *projection_cases(),
+    *rank_one_cases(),
     *steering_cases(),
     *written_cases(),
     *direction_cases(),

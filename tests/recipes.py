@@ -50,7 +50,9 @@ def make_sae(
     rng = np.random.default_rng(seed)
     decoder = rng.normal(size=(latents, width)).astype(np.float32)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({"W_dec": decoder, "b_dec": decoder[0]}, folder / "sae_weights.safetensors")
+    encoder = rng.normal(size=(width, latents)).astype(np.float32)
+    tensors = {"W_enc": encoder, "W_dec": decoder, "b_dec": decoder[0]}
+    save_file(tensors, folder / "sae_weights.safetensors")
     fields = {"d_in": width, "d_sae": latents, "metadata": {"hook_name": hook}}
     (folder / "cfg.json").write_text(json.dumps({**fields, **config}))
     return decoder.astype(np.float64)

@@ -84,6 +84,10 @@ class RecipeFiles(Protocol):
         """The file a recipe names."""
         ...
 
+    def folder(self, relative: str) -> Path:
+        """The folder a recipe names, to see which files there are to ask `path` for."""
+        ...
+
     def checkpoint(self, relative: str) -> Checkpoint:
         """The checkpoint folder a recipe names."""
         ...

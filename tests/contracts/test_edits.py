@@ -60,6 +60,12 @@ BY_DTYPE = [
     Case("bert", {**NEURONS, "factor": 0.3}),
     Case("llama", sae_edit("orthogonalize", strength=0.9), "blocks.1.hook_resid_post"),
     Case("qwen3", sae_edit("z_project"), "blocks.1.attn.hook_z"),
+    Case(
+        "gpt2",
+        sae_edit("rank1", strength=0.2, layers="all"),
+        "blocks.1.hook_resid_post",
+        untie=True,
+    ),
     Case("llama", sae_edit("steer_bias"), "blocks.0.hook_mlp_out"),
     Case("gpt2", sae_edit("steer_bias"), "blocks.0.attn.hook_z"),
     *(case for case in written_cases() if case.model in ("gpt2", "qwen3")),

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import MODELS
+from oracles import load_model
 from recipes import apply_edits, editor_of, make_sae, sae_edit, stored
 
 from surgery.addresses import Region
+from surgery.arch import identify
+from surgery.checkpoint import Checkpoint
+from surgery.edits.autoencoders.hooks import Point, named_modules, parse
 from surgery.edits.projection import along_rows, basis, project
+from surgery.edits.sae_projection import RankOne
 
 
 @given(seed=st.integers(0, 99), count=st.integers(1, 5), width=st.integers(5, 9))
@@ -109,3 +116,101 @@ def test_a_reduction_over_rows_holds_one_band_and_not_all_of_them() -> None:
     tracemalloc.stop()
     np.testing.assert_allclose(found, np.outer(q.T @ np.arange(width), row), rtol=1e-9)
     assert peak < 20 * row.nbytes
+
+
+@settings(max_examples=50)
+@given(seed=st.integers(0, 99), rank=st.integers(1, 3), strength=st.floats(-3, 3))
+def test_rank_one_maps_commute_with_cutting_and_transposing(
+    seed: int, rank: int, strength: float
+) -> None:
+    """(I + γDEᵀ)W whichever way W lies and however it is cut into bands."""
+    rng = np.random.default_rng(seed)
+    d, e = rng.normal(size=(2, 6, rank))
+    weight = rng.normal(size=(6, 4))
+    edit = RankOne(e, strength, (0,), False, d)
+    expected = (np.eye(6) + strength * d @ e.T) @ weight
+    rows = [Region.band("w", (6, 4), 0, start, start + 2) for start in (0, 2, 4)]
+    state = {"w": e.T @ weight}
+    bands = [edit.transform(weight[band.slices], band, state) for band in rows]
+    np.testing.assert_allclose(np.concatenate(bands), expected, atol=1e-12)
+    whole = Region.whole("w", (4, 6))
+    turned = edit.transform(weight.T, whole, {"w": None})
+    np.testing.assert_allclose(turned.T, expected, atol=1e-12)
+    left, right = edit.factors(weight.T, whole, {"w": None})  # type: ignore[misc]
+    np.testing.assert_allclose(weight.T + left @ right, turned, atol=1e-12)
+
+
+def test_rank_one_adds_a_unit_decoder_row_for_each_unit_read_by_the_encoder(
+    base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file
+
+    make_sae(tmp_path / "sae", "blocks.0.hook_mlp_out", 32)
+    sae = load_file(tmp_path / "sae" / "sae_weights.safetensors")
+    edit = sae_edit("rank1", (2,), strength=0.5, layers=[0])
+    output = apply_edits(tmp_path, base_of("gpt2"), [edit])
+    name = "transformer.h.0.mlp.c_proj.weight"
+    before = stored(base_of("gpt2"), name).astype(float)
+    d = sae["W_dec"][2] / np.linalg.norm(sae["W_dec"][2])
+    expected = before + 0.5 * np.outer(before @ sae["W_enc"][:, 2], d)
+    np.testing.assert_allclose(stored(output, name), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_module_path_is_the_point_where_its_output_is(
+    model: str, base_of: Callable[..., Path]
+) -> None:
+    """The output of the module a path names is, on the live model, what the point stands for:
+    the stream's change from one side of the sublayer to the other, or the stream itself."""
+    import torch
+
+    arch = identify(Checkpoint.open(base_of(model)))
+    live = load_model(base_of(model))
+    layer = 0 if model == "qwen3_moe" else 1  # whose layer 1 has experts in place of an MLP
+    paths = {
+        template.format(layer=layer): (side, site) for template, side, site in named_modules(arch)
+    }
+    seen: dict[str, Any] = {}
+
+    def keep(path: str) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            side, _ = paths[path]
+            value = inputs[0] if side == "input" else output
+            value = value[0] if isinstance(value, tuple) else value
+            seen[path] = value.detach().clone()
+
+        return hook
+
+    streams: dict[str, Any] = {}
+    block = arch.block(live, layer)
+    with ExitStack() as stack:
+        block.register_forward_pre_hook(
+            lambda module, inputs: streams.__setitem__("pre", inputs[0].detach().clone())
+        )
+        block.register_forward_hook(
+            lambda module, inputs, out: streams.__setitem__(
+                "post", (out[0] if isinstance(out, tuple) else out).detach().clone()
+            )
+        )
+        for path in paths:
+            module = live.base_model.get_submodule(path)
+            stack.enter_context(module.register_forward_hook(keep(path)))
+        with torch.no_grad():
+            live(input_ids=torch.arange(3, 10)[None])
+    by_site: dict[str, list[Any]] = {}
+    for path, (side, site) in paths.items():
+        assert parse(f"{path}.{side}", arch) == Point(layer, site)
+        value = seen[path].reshape(streams["pre"].shape[:2] + (-1,))
+        by_site.setdefault(site, []).append(value)
+    for values in by_site.values():
+        for value in values[1:]:
+            torch.testing.assert_close(value, values[0])
+    first = {site: values[0] for site, values in by_site.items()}
+    added = [first[site] for site in ("hook_attn_out", "hook_mlp_out") if site in first]
+    if len(added) == 2:
+        expected = streams["pre"] + added[0] + added[1]
+        torch.testing.assert_close(streams["post"], expected, rtol=1e-5, atol=1e-5)
+    if "hook_resid_post" in first:
+        torch.testing.assert_close(first["hook_resid_post"], streams["post"])
+    if "hook_resid_mid" in first:
+        torch.testing.assert_close(first["hook_resid_mid"], streams["pre"] + first["hook_attn_out"])

@@ -9,17 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from recipes import make_sae, plan_of, sae_edit
+from recipes import HEADS, make_sae, plan_of, sae_edit
 from safetensors_files import tiled
 
-from surgery.edits.saelens import read_sae
+from surgery.edits.autoencoders.interface import Autoencoder, Folder
+from surgery.edits.autoencoders.saelens import SaeLens
 from surgery.errors import CheckpointError, EditError, InputError
+from surgery.recipe import RecipeFolder, parse_recipe
 
 HOOK = "blocks.1.hook_resid_post"
 
 
-def opened(folder: Path) -> Any:
-    return read_sae(folder / "cfg.json", folder / "sae_weights.safetensors")
+def opened(folder: Path) -> Autoencoder:
+    recipe = parse_recipe(json.dumps({"schema": 1, "edits": [HEADS]}), "recipe", folder.parent)
+    return SaeLens().read(Folder(folder.name, RecipeFolder(recipe), pickle=False))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64", "bfloat16"])
@@ -35,11 +38,13 @@ def test_rows_are_read_in_every_float_type(dtype: str, tmp_path: Path) -> None:
     assert (rows == decoder[[7, 0]].double().numpy()).all()
 
 
-@pytest.mark.parametrize("config", [{"metadata": {"hook_name": HOOK}}, {"hook_name": HOOK}])
-def test_both_places_of_the_hook_name_are_read(config: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "config", [{"metadata": {"hook_name": HOOK}}, {"hook_name": HOOK}, {"hook_point": HOOK}]
+)
+def test_all_places_of_the_hook_name_are_read(config: dict[str, Any], tmp_path: Path) -> None:
     make_sae(tmp_path, "x", 32)
     (tmp_path / "cfg.json").write_text(json.dumps(config))
-    assert (opened(tmp_path).layer, opened(tmp_path).hook) == (1, "hook_resid_post")
+    assert opened(tmp_path).hook == HOOK
 
 
 @pytest.mark.parametrize(
@@ -48,15 +53,23 @@ def test_both_places_of_the_hook_name_are_read(config: dict[str, Any], tmp_path:
         [], {}, {"hook_name": 7}, {"hook_name": "blocks.x.hook"}, {"hook_name": "../../x"},
         {"hook_name": "blocks.9999999.hook_resid_post"}, {"hook_name": HOOK, "d_in": 31},
         {"hook_name": HOOK, "d_sae": ["\n" * 999]}, {"metadata": [], "hook_name": None},
+        {"hook_name": HOOK, "architecture": "transcoder"},
     ],
 )  # fmt: skip
-def test_a_malformed_config_is_refused_in_one_line(config: Any, tmp_path: Path) -> None:
-    make_sae(tmp_path, HOOK, 32)
-    (tmp_path / "cfg.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError) as caught:
-        opened(tmp_path)
+def test_a_malformed_config_is_refused_in_one_line(
+    config: Any, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    make_sae(tmp_path / "sae", HOOK, 32)
+    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(InputError) as caught:
+        plan_of(tmp_path, base_of("llama"), [sae_edit("orthogonalize")])
+    assert (
+        "cfg.json" in str(caught.value)
+        or "names no hook" in str(caught.value)
+        or ("is no hook point of llama" in str(caught.value))
+    )
     assert str(caught.value).isprintable()
-    assert len(str(caught.value)) < 500
+    assert len(str(caught.value)) < 800
 
 
 @pytest.mark.parametrize(
@@ -101,6 +114,8 @@ def test_a_row_without_a_direction_is_refused(
         ("blocks.1.ln2.hook_normalized", 32, "orthogonalize", {}, "needs one of"),
         ("blocks.1.hook_attn_out", 32, "steer_bias", {"normalize_activations": "layer_norm"},
          "not in the model's units"),
+        (HOOK, 32, "rank1", {"normalize_activations": "expected_average_only_in"},
+         "not in the model's units"),
     ],
 )  # fmt: skip
 def test_an_autoencoder_of_another_model_is_refused(
@@ -127,7 +142,7 @@ def test_an_autoencoder_of_another_model_is_refused(
         (sae_edit("orthogonalize", layers="0-2"), "layers 0 to 1"),
         (sae_edit("steer_bias", layers=[0]), "layers and approximate have no meaning"),
         (sae_edit("z_project", approximate=True), "layers and approximate have no meaning"),
-        ({**sae_edit("orthogonalize"), "sae": "nowhere"}, "nowhere/cfg.json"),
+        ({**sae_edit("orthogonalize"), "sae": "nowhere"}, "nowhere': holds no autoencoder"),
         ({**sae_edit("orthogonalize"), "sae": "../sae"}, "leaves the recipe's folder"),
     ],
 )
