@@ -10,6 +10,7 @@ import numpy as np
 from models import config_of, make
 from safetensors.numpy import save_file
 
+from surgery.arch import identify
 from surgery.checkpoint import Checkpoint
 
 SQUARE = {
@@ -89,6 +90,16 @@ def write_factors(folder: Path, base: Path) -> None:
 def write_vector(folder: Path, base: Path) -> None:
     """A direction of the residual stream, not of norm 1."""
     save_file({"d": random(32, size=3.0)}, folder / "d.safetensors")
+
+
+def write_means(folder: Path, base: Path) -> None:
+    """Mean activations of every head and every neuron, and zeros in their place."""
+    sizes = identify(Checkpoint.open(base)).sizes
+    heads = (sizes["layers"], sizes["heads"], sizes["head_dim"])
+    neurons = (sizes["layers"], sizes["mlp_width"])
+    means = {"mean": random(*heads, size=2.0), "neurons": random(*neurons, size=2.0)}
+    zeros = {f"{name}.zero": np.zeros_like(values) for name, values in means.items()}
+    save_file({**means, **zeros}, folder / "means.safetensors")
 
 
 def write_partners(folder: Path, base: Path) -> None:

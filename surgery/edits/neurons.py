@@ -2,11 +2,14 @@
 
 The factor applies after the activation: column n of a Linear `down_proj`, row n of a Conv1D. In
 a layer with experts a neuron is one of one expert, and only what is routed there changes.
+
+With `mean`, m_n ↦ mean_n + factor·(m_n − mean_n): the bias of `down_proj` gains
+(1 − factor)·W_down[:, n]·mean_n, all neurons of a layer in one sum (mean ablation at factor 0).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -15,42 +18,65 @@ from pydantic import PositiveInt
 
 from surgery.addresses import Neuron, Region, parse_neuron
 from surgery.arch import Architecture
-from surgery.checkpoint import TensorInfo
-from surgery.edits.interface import Array, Edit, Fields, RecipeFiles, Target
-from surgery.edits.scale import scale
+from surgery.edits.biases import MeanSource, Vectors
+from surgery.edits.interface import Fields, RecipeFiles
+from surgery.edits.scale import InputScaling
 from surgery.edits.selection import select
+from surgery.errors import EditError
 
 
 class NeuronsFields(Fields):
-    """`{op: neurons, neurons: [L3N17], factor: 0.0}`, or `file: neurons.csv` with `top`."""
+    """`{op: neurons, neurons: [L3N17], factor: 0.0}`, or `file: neurons.csv` with `top`.
+
+    `mean: {file: means.safetensors, key: mean}` is a tensor [layers, neurons].
+    """
 
     op: Literal["neurons"]
     neurons: list[str] | None = None
     file: str | None = None
     top: PositiveInt | None = None
     factor: float = 0.0
+    mean: MeanSource | None = None
 
     def build(self, arch: Architecture, files: RecipeFiles) -> NeuronsEdit:
-        chosen = select("neuron", self.neurons, self.file, self.top, files, parse_neuron, Neuron)
-        return NeuronsEdit(chosen, self.factor)
+        chosen = select(
+            ("layer", "neuron"), self.neurons, self.file, self.top, files, parse_neuron, Neuron
+        )
+        for neuron in chosen:
+            arch.neuron_region(neuron)
+        mean = None if self.mean is None else self._means(self.mean, arch, files, chosen)
+        edit = NeuronsEdit(neurons=chosen, factor=self.factor, mean=mean)
+        edit.shift.slots(arch)
+        return edit
+
+    def _means(
+        self, mean: MeanSource, arch: Architecture, files: RecipeFiles, chosen: tuple[Neuron, ...]
+    ) -> Vectors:
+        if any(neuron.expert is not None for neuron in chosen):
+            raise EditError(
+                f"{arch.family}: what an expert adds depends on the router, so no bias can hold "
+                "the mean of a neuron of one; leave mean out, which makes it zero"
+            )
+        return mean.read(files, (arch.layers, arch.sizes["mlp_width"]))
 
 
-@dataclass(frozen=True)
-class NeuronsEdit(Edit):
-    """m_n ↦ factor · m_n for each neuron, m the input of the down projection."""
+@dataclass(frozen=True, kw_only=True)
+class NeuronsEdit(InputScaling):
+    """m_n ↦ mean_n + factor · (m_n − mean_n) for each neuron, m the input of the down projection;
+    `mean` is float64 [layers, neurons]."""
 
     op: ClassVar[str] = "neurons"
+    role: ClassVar[str] = "down_proj"
     neurons: tuple[Neuron, ...]
-    factor: float
 
-    def targets(self, arch: Architecture, tensors: Mapping[str, TensorInfo]) -> tuple[Target, ...]:
-        return tuple(Target(arch.neuron_region(neuron), "input") for neuron in self.neurons)
+    def regions(self, arch: Architecture) -> tuple[Region, ...]:
+        return tuple(map(arch.neuron_region, self.neurons))
 
-    def transform(self, slab: Array, where: Region, state: None) -> Array:
-        return scale(slab, self.factor)
+    def places(self) -> Iterator[tuple[int, int]]:
+        return ((neuron.layer, neuron.neuron) for neuron in self.neurons)
 
     @contextmanager
-    def hook(self, model: Any, arch: Architecture, state: None) -> Iterator[None]:
+    def hook(self, model: Any, arch: Architecture, state: Any) -> Iterator[None]:
         chosen: dict[tuple[int, int | None], list[int]] = {}
         for neuron in self.neurons:
             chosen.setdefault((neuron.layer, neuron.expert), []).append(neuron.neuron)
@@ -62,9 +88,9 @@ class NeuronsEdit(Edit):
     def _hook(
         self, model: Any, arch: Architecture, layer: int, expert: int | None, neurons: list[int]
     ) -> AbstractContextManager[Any]:
-        def scale_neurons(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        def change_neurons(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             activations = inputs[0].clone()
-            activations[..., neurons] *= self.factor
+            activations[..., neurons] = self.changed(activations[..., neurons], layer, neurons)
             return (activations, *inputs[1:])
 
         def scale_expert(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
@@ -73,7 +99,7 @@ class NeuronsEdit(Edit):
         handle: AbstractContextManager[Any]
         if expert is None:
             down = arch.module(model, "down_proj", layer)
-            handle = down.register_forward_pre_hook(scale_neurons)
+            handle = down.register_forward_pre_hook(change_neurons)
         else:
             experts = arch.module(model, "expert_down_proj", layer)
             handle = experts.register_forward_hook(scale_expert)

@@ -17,23 +17,27 @@ from surgery.errors import RecipeError, quote
 MAX_CSV_BYTES = 64 << 20
 
 A = TypeVar("A")
+W = TypeVar("W")
+Scored = tuple[tuple[int, ...], float]
 
 
 def select(
-    noun: str,
-    written: list[str] | None,
+    columns: tuple[str, ...],
+    written: list[W] | None,
     file: str | None,
     top: int | None,
     files: RecipeFiles,
-    parse: Callable[[str], A],
-    make: Callable[[int, int], A],
+    parse: Callable[[W], A],
+    make: Callable[..., A],
 ) -> tuple[A, ...]:
     """The addresses a recipe entry names, either as a list or as `file` with `top`.
 
-    A CSV has the columns `layer`, `<noun>` and optionally `score`; with `top`, the rows of
+    An address has a number for each of `columns`, the last of which is what it is called. A CSV
+    has these columns and optionally `score`; with `top`, the rows of
     highest score are taken (first rows where there is no score). Raises `RecipeError` where
     neither or both are given, the file is malformed, an address comes twice or none comes.
     """
+    noun = columns[-1]
     if (written is None) == (file is None):
         raise RecipeError(f"give either {noun}s or file")
     if top is not None and file is None:
@@ -41,8 +45,8 @@ def select(
     if file is None:
         chosen = [parse(address) for address in written or []]
     else:
-        rows = _read_csv(files.path(file), noun)
-        chosen = [make(layer, index) for layer, index, _ in _best(rows, top)]
+        rows = _read_csv(files.path(file), columns)
+        chosen = [make(*indices) for indices, _ in _best(rows, top)]
     if not chosen:
         raise RecipeError(f"no {noun} is selected; name at least one")
     [(commonest, times)] = Counter(chosen).most_common(1)
@@ -51,31 +55,33 @@ def select(
     return tuple(chosen)
 
 
-def _best(rows: list[tuple[int, int, float]], top: int | None) -> list[tuple[int, int, float]]:
+def _best(rows: list[Scored], top: int | None) -> list[Scored]:
     # sorted() is stable, so rows without a score keep the order of the file.
-    return rows if top is None else sorted(rows, key=lambda row: -row[2])[:top]
+    return rows if top is None else sorted(rows, key=lambda row: -row[1])[:top]
 
 
-def _read_csv(path: Path, noun: str) -> list[tuple[int, int, float]]:
+def _read_csv(path: Path, columns: tuple[str, ...]) -> list[Scored]:
     try:
         text = read_small(path, MAX_CSV_BYTES).decode("utf-8-sig")
         reader = csv.DictReader(io.StringIO(text), strict=True)
-        rows, columns = list(reader), list(reader.fieldnames or ())
+        rows, found = list(reader), list(reader.fieldnames or ())
     except (UnicodeDecodeError, csv.Error) as error:
         raise RecipeError(f"{path}: not a CSV file: {quote(error)}") from None
-    once = all(columns.count(column) == 1 for column in ("layer", noun))
-    if not rows or not once or columns.count("score") > 1:
-        raise RecipeError(f"{path}: expected the columns layer,{noun}[,score] and rows below them")
-    return [_row(path, line, row, noun) for line, row in enumerate(rows, start=2)]
+    once = all(found.count(column) == 1 for column in columns)
+    if not rows or not once or found.count("score") > 1:
+        expected = ",".join(columns)
+        raise RecipeError(f"{path}: expected the columns {expected}[,score] and rows below them")
+    return [_row(path, line, row, columns) for line, row in enumerate(rows, start=2)]
 
 
-def _row(path: Path, line: int, row: dict[str, str], noun: str) -> tuple[int, int, float]:
+def _row(path: Path, line: int, row: dict[str, str], columns: tuple[str, ...]) -> Scored:
     try:
         if None in row or None in row.values():
             raise ValueError("more or fewer values than columns")
-        layer, index, score = int(row["layer"]), int(row[noun]), float(row.get("score") or 0)
+        indices, score = tuple(int(row[c]) for c in columns), float(row.get("score") or 0)
     except (TypeError, ValueError):
-        raise RecipeError(f"{path}: line {line} is not layer,{noun}[,score] in numbers") from None
-    if layer < 0 or index < 0 or not math.isfinite(score):
+        expected = ",".join(columns)
+        raise RecipeError(f"{path}: line {line} is not {expected}[,score] in numbers") from None
+    if min(indices) < 0 or not math.isfinite(score):
         raise RecipeError(f"{path}: line {line} has a negative index or a score that is no number")
-    return layer, index, score
+    return indices, score

@@ -13,6 +13,7 @@ from inputs import (
     write_adapter,
     write_box,
     write_factors,
+    write_means,
     write_partners,
     write_patch,
     write_vector,
@@ -74,6 +75,7 @@ class Case:
 
     def __str__(self) -> str:
         op = self.edit.get("patch", self.edit["op"])
+        op = f"mean-{op}" if "mean" in self.edit else op
         keys = {
             "op",
             "sae",
@@ -85,6 +87,7 @@ class Case:
             "adapter",
             "at",
             "vector",
+            "mean",
         }
         rest = [f"{k}={v}" for k, v in self.edit.items() if k not in keys]
         return "-".join([self.model, op, self.hook.replace("blocks.", ""), *rest])
@@ -105,6 +108,31 @@ def scaling_cases() -> Iterator[Case]:
         for edit in (HEADS, neurons):
             for factor in (0.0, 0.5, -2.0):
                 yield Case(model, {**edit, "factor": factor})
+
+
+BIASLESS = {
+    "heads": ("gptj", "mpt", "mistral", "qwen2", "phi3", "phi3-partial", "mixtral"),
+    "neurons": (
+        "mpt", "mistral", "qwen2", "qwen3", "gemma", "gemma-biased", "gemma2", "gemma3_text",
+        "phi3", "phi3-partial",
+    ),
+}  # fmt: skip
+"""Models whose output or down projection can have no bias."""
+
+
+def mean_cases() -> Iterator[Case]:
+    """Two heads of one layer go into one bias, and a head of another layer."""
+    heads = {**HEADS, "heads": ["L0H1", "L1H2", "L1H0"], "mean": {"file": "means.safetensors"}}
+    neurons = {**NEURONS, "neurons": ["L0N3", "L1N40", "L1N0"]}
+    neurons["mean"] = {"file": "means.safetensors", "key": "neurons"}
+    for model in MODELS:
+        for edit in (heads, neurons):
+            family, role = model.partition("-")[0], "o_proj" if edit is heads else "down_proj"
+            refused = f"{family} has no bias at {role}" if model in BIASLESS[edit["op"]] else ""
+            if edit is neurons and model in EXPERT_NEURONS:
+                edit, refused = {**edit, "neurons": EXPERT_NEURONS[model]}, "depends on the router"
+            for factor in (0.0, -0.5):
+                yield Case(model, {**edit, "factor": factor}, refused=refused, files=write_means)
 
 
 def projection_cases() -> Iterator[Case]:
@@ -210,6 +238,7 @@ def merge_cases() -> Iterator[Case]:
 
 CASES = [
     *scaling_cases(),
+    *mean_cases(),
     *projection_cases(),
     *steering_cases(),
     *written_cases(),
@@ -252,6 +281,7 @@ def test_an_edit_without_meaning_says_why(
 BY_DTYPE = [
     Case("gpt2", {**HEADS, "factor": 0.3}),
     Case("bert", {**NEURONS, "factor": 0.3}),
+    *(case for case in mean_cases() if case.model in ("gpt2", "llama") and not case.refused),
     Case("llama", sae_edit("orthogonalize", strength=0.9), "blocks.1.hook_resid_post"),
     Case("qwen3", sae_edit("z_project"), "blocks.1.attn.hook_z"),
     Case("llama", sae_edit("steer_bias"), "blocks.0.hook_mlp_out"),
@@ -274,7 +304,14 @@ def test_it_holds_in_every_storage_type(
     assert_rounded_once(editor, tmp_path / "out")
 
 
+FLAGGED = {
+    "heads": ("gpt_neox-sequential", "falcon-new", "llama", "gemma2"),
+    "neurons": ("opt-unbiased", "llama"),
+}
+"""Some models whose bias is there once the config says so."""
+
 ADDING = [
+    *(case for case in mean_cases() if case.model in FLAGGED[case.edit["op"]]),
     Case("gpt2", sae_edit("orthogonalize"), "blocks.1.hook_resid_post", untie=True),
     Case("qwen3", sae_edit("orthogonalize"), "blocks.1.hook_resid_post", untie=True),
     Case(

@@ -25,11 +25,13 @@ class Folder:
 
 def heads(folder: Path, text: str | bytes, top: int | None = None) -> tuple[Head, ...]:
     (folder / "h.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
-    return select("head", None, "h.csv", top, Folder(folder), parse_head, Head)
+    return select(("layer", "head"), None, "h.csv", top, Folder(folder), parse_head, Head)
 
 
 def written(addresses: list[str] | None, **given: Any) -> tuple[Head, ...]:
-    return select("head", addresses, given.get("file"), given.get("top"), None, parse_head, Head)
+    return select(
+        ("layer", "head"), addresses, given.get("file"), given.get("top"), None, parse_head, Head
+    )
 
 
 def test_a_list_is_taken_as_written() -> None:
@@ -95,5 +97,8 @@ def test_a_selection_that_means_nothing_is_refused(
 def test_a_hundred_thousand_neurons_take_a_second_not_an_hour() -> None:
     addresses = [f"L{i % 7}N{i}" for i in range(100_000)]
     start = time.monotonic()
-    assert len(select("neuron", addresses, None, None, None, parse_neuron, Neuron)) == 100_000
+    assert (
+        len(select(("layer", "neuron"), addresses, None, None, None, parse_neuron, Neuron))
+        == 100_000
+    )
     assert time.monotonic() - start < 5
