@@ -102,6 +102,20 @@ def write_means(folder: Path, base: Path) -> None:
     save_file({**means, **zeros}, folder / "means.safetensors")
 
 
+def write_auroc(folder: Path, base: Path) -> None:
+    """Areas under the ROC curve: experts in a row and apart, one of them perfect, and others."""
+    arch = identify(Checkpoint.open(base))
+    scores = {0: 0.4, 3: 0.9, 4: 0.75, 5: 1.0, 17: 0.5, 39: 0.6}
+    places = [(0, 0), (1, 0), (1, 2)] if arch.sparse else [(0, 0), (1, 0)]
+    rows = [
+        f"{layer},{expert},{n},{auroc}" for layer, expert in places for n, auroc in scores.items()
+    ]
+    text = "\n".join(["layer,expert,neuron,auroc", *rows])
+    if not arch.sparse:
+        text = text.replace(",expert,", ",").replace(",0,", ",")
+    (folder / "auroc.csv").write_text(text)
+
+
 def write_partners(folder: Path, base: Path) -> None:
     """Two more random models like `base`, in the folders `other` and `third`."""
     dtype = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}

@@ -5,6 +5,8 @@ a layer with experts a neuron is one of one expert, and only what is routed ther
 
 With `mean`, m_n ↦ mean_n + factor·(m_n − mean_n): the bias of `down_proj` gains
 (1 − factor)·W_down[:, n]·mean_n, all neurons of a layer in one sum (mean ablation at factor 0).
+
+With `auroc`, neurons are scaled before the activation instead: see `dampening`.
 """
 
 from __future__ import annotations
@@ -19,16 +21,20 @@ from pydantic import PositiveInt
 from surgery.addresses import Neuron, Region, parse_neuron
 from surgery.arch import Architecture
 from surgery.edits.biases import MeanSource, Vectors
-from surgery.edits.interface import Fields, RecipeFiles
+from surgery.edits.dampening import AurocSource, DampenedNeurons, Method, Part, dampened
+from surgery.edits.experts import written
+from surgery.edits.interface import Edit, Fields, RecipeFiles
 from surgery.edits.scale import InputScaling
 from surgery.edits.selection import select
-from surgery.errors import EditError
+from surgery.errors import EditError, RecipeError
 
 
 class NeuronsFields(Fields):
     """`{op: neurons, neurons: [L3N17], factor: 0.0}`, or `file: neurons.csv` with `top`.
 
-    `mean: {file: means.safetensors, key: mean}` is a tensor [layers, neurons].
+    `mean: {file: means.safetensors, key: mean}` is a tensor [layers, neurons]. With
+    `auroc: {file: auroc.csv}`, of which `top` takes the highest, `method` is `aura`, `det0`, or
+    `damp` with its `factor`, and `on` says which projection of a gated MLP, `gate` or `up`.
     """
 
     op: Literal["neurons"]
@@ -37,8 +43,15 @@ class NeuronsFields(Fields):
     top: PositiveInt | None = None
     factor: float = 0.0
     mean: MeanSource | None = None
+    auroc: AurocSource | None = None
+    method: Method | None = None
+    on: Part | None = None
 
-    def build(self, arch: Architecture, files: RecipeFiles) -> NeuronsEdit:
+    def build(self, arch: Architecture, files: RecipeFiles) -> Edit:
+        if self.auroc is not None:
+            return self._dampened(self.auroc, arch, files)
+        if self.method is not None or self.on is not None:
+            raise RecipeError("method and on go with auroc")
         chosen = select(
             ("layer", "neuron"), self.neurons, self.file, self.top, files, parse_neuron, Neuron
         )
@@ -48,6 +61,20 @@ class NeuronsFields(Fields):
         edit = NeuronsEdit(neurons=chosen, factor=self.factor, mean=mean)
         edit.shift.slots(arch)
         return edit
+
+    def _dampened(
+        self, auroc: AurocSource, arch: Architecture, files: RecipeFiles
+    ) -> DampenedNeurons:
+        if self.neurons is not None or self.file is not None or self.mean is not None:
+            raise RecipeError("auroc names the neurons; neurons, file and mean do not go with it")
+        if self.method is None or (self.method == "damp") is not (
+            "factor" in self.model_fields_set
+        ):
+            raise RecipeError(
+                "say method: aura, det0 or damp; a factor goes with damp, and only it"
+            )
+        experts = auroc.experts(arch, files, self.top)
+        return dampened(arch, experts, self.method, self.factor, self.on)
 
     def _means(
         self, mean: MeanSource, arch: Architecture, files: RecipeFiles, chosen: tuple[Neuron, ...]
@@ -94,7 +121,7 @@ class NeuronsEdit(InputScaling):
             return (activations, *inputs[1:])
 
         def scale_expert(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
-            return output + (self.factor - 1) * _written(module, inputs, expert, neurons)
+            return output + (self.factor - 1) * written(module, inputs, expert, neurons)
 
         handle: AbstractContextManager[Any]
         if expert is None:
@@ -104,18 +131,3 @@ class NeuronsEdit(InputScaling):
             experts = arch.module(model, "expert_down_proj", layer)
             handle = experts.register_forward_hook(scale_expert)
         return handle
-
-
-def _written(experts: Any, inputs: tuple[Any, ...], expert: int | None, neurons: list[int]) -> Any:
-    """What `neurons` of one expert add to the output of a layer's experts [tokens, width].
-
-    transformers computes all experts of a layer in one module, from their stacked weights and the
-    router's choice; `inputs` are its x [tokens, width], indices and weights [tokens, chosen].
-    """
-    import torch
-
-    x, index, weight = inputs
-    gate, up = (rows[neurons] for rows in experts.gate_up_proj[expert].chunk(2))
-    activations = experts.act_fn(x @ gate.T) * (x @ up.T)
-    routed = torch.where(index == expert, weight, 0).sum(-1, keepdim=True)
-    return (routed * activations) @ experts.down_proj[expert][:, neurons].T

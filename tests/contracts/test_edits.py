@@ -11,6 +11,7 @@ import pytest
 from inputs import (
     SQUARE,
     write_adapter,
+    write_auroc,
     write_box,
     write_factors,
     write_means,
@@ -88,6 +89,7 @@ class Case:
             "at",
             "vector",
             "mean",
+            "auroc",
         }
         rest = [f"{k}={v}" for k, v in self.edit.items() if k not in keys]
         return "-".join([self.model, op, self.hook.replace("blocks.", ""), *rest])
@@ -133,6 +135,31 @@ def mean_cases() -> Iterator[Case]:
                 edit, refused = {**edit, "neurons": EXPERT_NEURONS[model]}, "depends on the router"
             for factor in (0.0, -0.5):
                 yield Case(model, {**edit, "factor": factor}, refused=refused, files=write_means)
+
+
+GATED = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "mixtral",
+    "qwen3_moe",
+)  # fmt: skip
+"""Families with two projections before the product of the MLP."""
+
+
+def dampening_cases() -> Iterator[Case]:
+    edit = {"op": "neurons", "auroc": {"file": "auroc.csv"}}
+    for model in MODELS:
+        family = model.partition("-")[0]
+        sides = [{"on": "gate"}, {"on": "up"}] if family in GATED else [{}]
+        for side in sides:
+            for method in (
+                {"method": "aura"},
+                {"method": "det0", "top": 2},
+                {"method": "damp", "factor": -0.5},
+            ):
+                yield Case(model, {**edit, **side, **method}, files=write_auroc)
+        wrong = {} if family in GATED else {"on": "gate"}
+        refused = f"{family} has a gated MLP" if family in GATED else f"{family} has no gate"
+        edit_ = {**edit, **wrong, "method": "aura"}
+        yield Case(model, edit_, refused=refused, files=write_auroc)
 
 
 def projection_cases() -> Iterator[Case]:
@@ -239,6 +266,7 @@ def merge_cases() -> Iterator[Case]:
 CASES = [
     *scaling_cases(),
     *mean_cases(),
+    *dampening_cases(),
     *projection_cases(),
     *steering_cases(),
     *written_cases(),
@@ -282,6 +310,7 @@ BY_DTYPE = [
     Case("gpt2", {**HEADS, "factor": 0.3}),
     Case("bert", {**NEURONS, "factor": 0.3}),
     *(case for case in mean_cases() if case.model in ("gpt2", "llama") and not case.refused),
+    *(case for case in dampening_cases() if case.model in ("gpt2", "phi3") and not case.refused),
     Case("llama", sae_edit("orthogonalize", strength=0.9), "blocks.1.hook_resid_post"),
     Case("qwen3", sae_edit("z_project"), "blocks.1.attn.hook_z"),
     Case("llama", sae_edit("steer_bias"), "blocks.0.hook_mlp_out"),

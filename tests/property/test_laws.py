@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from inputs import write_adapter, write_factors, write_means, write_vector
+from inputs import write_adapter, write_auroc, write_factors, write_means, write_vector
 from recipes import HEADS, NEURONS, apply_edits, make_sae, sae_edit, stored, weight_files
 
 from surgery.checkpoint import SINGLE, Checkpoint
@@ -32,6 +32,10 @@ NO_OPS = {
     "neurons, mean": (
         "",
         {**NEURONS, "factor": 1, "mean": {"file": "means.safetensors", "key": "neurons"}},
+    ),
+    "damp": (
+        "",
+        {"op": "neurons", "auroc": {"file": "auroc.csv"}, "method": "damp", "factor": 1.0},
     ),
     "orthogonalize": ("blocks.0.hook_resid_post", sae_edit("orthogonalize", strength=0.0)),
     "z_project": ("blocks.0.attn.hook_z", sae_edit("z_project", strength=0.0)),
@@ -54,7 +58,7 @@ WRITE = {
     "direction, norms kept": write_vector,
 }
 UNTYING = {"orthogonalize", *WRITE}
-WRITE |= {"heads, mean": write_means, "neurons, mean": write_means}
+WRITE |= {"damp": write_auroc, "heads, mean": write_means, "neurons, mean": write_means}
 ODD_BITS = {"float32": [0x7FA12345, 0xFFC00001, 0x80000000, 0x7F800000, 1, 0x80000001]}
 ODD_BITS |= {"bfloat16": [0x7FA1, 0xFFC1, 0x8000, 0xFF80, 1, 0x8001]}
 ODD_BITS |= {"float16": [0x7D01, 0xFE01, 0x8000, 0xFC00, 1, 0x8001]}
