@@ -6,6 +6,8 @@ grouped-query attention only this slice is touched, never the shared keys and va
 
 With `mean`, z_h ↦ m_h + factor·(z_h − m_h): the slice is scaled and the bias of `o_proj` gains
 (1 − factor)·W_o[:, h]·m_h, several heads of a layer in one sum (mean ablation at factor 0).
+
+With `prune`, heads that became zero are left out of the checkpoint: see `pruning`.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from surgery.addresses import Head, Region, parse_head
 from surgery.arch import Architecture
 from surgery.edits.biases import MeanSource
 from surgery.edits.interface import Fields, RecipeFiles
+from surgery.edits.pruning import HeadPruning
 from surgery.edits.scale import InputScaling
 from surgery.edits.selection import select
 
@@ -28,7 +31,8 @@ from surgery.edits.selection import select
 class HeadsFields(Fields):
     """`{op: heads, heads: [L2H1], factor: 0.0}`, or `file: heads.csv` with `top`.
 
-    `mean: {file: means.safetensors, key: mean}` is a tensor [layers, heads, head_dim].
+    `mean: {file: means.safetensors, key: mean}` is a tensor [layers, heads, head_dim]. With
+    `prune: true` heads of factor 0 are left out, and the config counts fewer.
     """
 
     op: Literal["heads"]
@@ -37,6 +41,7 @@ class HeadsFields(Fields):
     top: PositiveInt | None = None
     factor: float = 0.0
     mean: MeanSource | None = None
+    prune: bool = False
 
     def build(self, arch: Architecture, files: RecipeFiles) -> HeadsEdit:
         heads = select(("layer", "head"), self.heads, self.file, self.top, files, parse_head, Head)
@@ -44,8 +49,9 @@ class HeadsFields(Fields):
             arch.head_region(head)
         shape = (arch.layers, arch.sizes["heads"], arch.sizes["head_dim"])
         mean = None if self.mean is None else self.mean.read(files, shape)
-        edit = HeadsEdit(heads=heads, factor=self.factor, mean=mean)
-        edit.shift.slots(arch)
+        pruning = HeadPruning(heads) if self.prune else None
+        edit = HeadsEdit(heads=heads, factor=self.factor, mean=mean, pruning=pruning)
+        edit.check(arch)
         return edit
 
 

@@ -6,6 +6,8 @@ a layer with experts a neuron is one of one expert, and only what is routed ther
 With `mean`, m_n ↦ mean_n + factor·(m_n − mean_n): the bias of `down_proj` gains
 (1 − factor)·W_down[:, n]·mean_n, all neurons of a layer in one sum (mean ablation at factor 0).
 
+With `prune`, neurons that became zero are left out of the checkpoint: see `pruning`.
+
 With `auroc`, neurons are scaled before the activation instead: see `dampening`.
 """
 
@@ -24,6 +26,7 @@ from surgery.edits.biases import MeanSource, Vectors
 from surgery.edits.dampening import AurocSource, DampenedNeurons, Method, Part, dampened
 from surgery.edits.experts import written
 from surgery.edits.interface import Edit, Fields, RecipeFiles
+from surgery.edits.pruning import NeuronPruning
 from surgery.edits.scale import InputScaling
 from surgery.edits.selection import select
 from surgery.errors import EditError, RecipeError
@@ -34,7 +37,8 @@ class NeuronsFields(Fields):
 
     `mean: {file: means.safetensors, key: mean}` is a tensor [layers, neurons]. With
     `auroc: {file: auroc.csv}`, of which `top` takes the highest, `method` is `aura`, `det0`, or
-    `damp` with its `factor`, and `on` says which projection of a gated MLP, `gate` or `up`.
+    `damp` with its `factor`, and `on` says which projection of a gated MLP, `gate` or `up`. With
+    `prune: true` neurons of factor 0 are left out, and the config counts fewer.
     """
 
     op: Literal["neurons"]
@@ -46,6 +50,7 @@ class NeuronsFields(Fields):
     auroc: AurocSource | None = None
     method: Method | None = None
     on: Part | None = None
+    prune: bool = False
 
     def build(self, arch: Architecture, files: RecipeFiles) -> Edit:
         if self.auroc is not None:
@@ -58,15 +63,16 @@ class NeuronsFields(Fields):
         for neuron in chosen:
             arch.neuron_region(neuron)
         mean = None if self.mean is None else self._means(self.mean, arch, files, chosen)
-        edit = NeuronsEdit(neurons=chosen, factor=self.factor, mean=mean)
-        edit.shift.slots(arch)
+        pruning = NeuronPruning(chosen) if self.prune else None
+        edit = NeuronsEdit(neurons=chosen, factor=self.factor, mean=mean, pruning=pruning)
+        edit.check(arch)
         return edit
 
     def _dampened(
         self, auroc: AurocSource, arch: Architecture, files: RecipeFiles
     ) -> DampenedNeurons:
-        if self.neurons is not None or self.file is not None or self.mean is not None:
-            raise RecipeError("auroc names the neurons; neurons, file and mean do not go with it")
+        if self.neurons is not None or self.file is not None or self.mean or self.prune:
+            raise RecipeError("auroc goes with top, method, factor and on, and nothing else")
         if self.method is None or (self.method == "damp") is not (
             "factor" in self.model_fields_set
         ):

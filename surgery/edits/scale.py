@@ -10,10 +10,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from surgery.addresses import Region
-from surgery.arch import Architecture
+from surgery.arch import Architecture, Band
 from surgery.checkpoint import TensorInfo
 from surgery.edits.biases import InputShift, Vectors, add
 from surgery.edits.interface import Array, Edit, Layout, Reader, Target
+from surgery.edits.pruning import Pruning
+from surgery.errors import RecipeError
 
 
 def scale(slab: Array, factor: float) -> Array:
@@ -25,12 +27,14 @@ def scale(slab: Array, factor: float) -> Array:
 class InputScaling(Edit):
     """x_i ↦ m_i + factor · (x_i − m_i) for some inputs i of a projection, m being `mean` or zero.
 
-    The projection's weight is scaled along its input, and its bias gains (1 − factor)·Σ W[:, i]·m_i
+    The projection's weight is scaled along its input, its bias gains (1 − factor)·Σ W[:, i]·m_i.
+    With `pruning`, inputs that became zero are left out with all that computes them.
     """
 
     role: ClassVar[str]
     factor: float
     mean: Vectors | None = None
+    pruning: Pruning | None = None
 
     @abstractmethod
     def regions(self, arch: Architecture) -> tuple[Region, ...]:
@@ -50,8 +54,20 @@ class InputScaling(Edit):
                 shift[index] = (1 - self.factor) * self.mean[layer, index]
         return InputShift(self.role, {layer: shift.ravel() for layer, shift in shifts.items()})
 
+    def check(self, arch: Architecture) -> None:
+        """Raises `RecipeError` or `EditError` where this model cannot be edited so."""
+        if self.pruning is not None and self.factor != 0:
+            raise RecipeError("prune leaves out what is zero: it goes with factor 0")
+        self.layout(arch)
+
     def layout(self, arch: Architecture) -> Layout:
-        return self.shift.layout(arch)
+        layout = self.shift.layout(arch)
+        if self.pruning is None:
+            return layout
+        return Layout(layout.additions, {**layout.config, **self.pruning.config(arch)})
+
+    def drops(self, arch: Architecture) -> tuple[Band, ...]:
+        return () if self.pruning is None else tuple(self.pruning.bands(arch))
 
     def targets(self, arch: Architecture, tensors: Mapping[str, TensorInfo]) -> tuple[Target, ...]:
         scaled = (Target(region, "input") for region in self.regions(arch))

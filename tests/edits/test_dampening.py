@@ -59,7 +59,7 @@ def test_rows_and_biases_of_experts_are_scaled_and_nothing_else(
         ({}, SCORES, "say method: aura, det0 or damp"),
         ({"method": "damp"}, SCORES, "a factor goes with damp, and only it"),
         ({"method": "aura", "factor": 0.5}, SCORES, "a factor goes with damp, and only it"),
-        ({"method": "aura", "neurons": ["L0N1"]}, SCORES, "auroc names the neurons"),
+        ({"method": "aura", "neurons": ["L0N1"]}, SCORES, "auroc goes with top"),
         ({"method": "aura"}, {(0, 1): 0.5, (1, 1): 0.2}, "no neuron has an auroc above 0.5"),
         ({"method": "aura"}, {(0, 1): 1.5}, "outside 0 to 1"),
         ({"method": "aura"}, {(0, 1): ""}, "line 2 is not layer,neuron,auroc in numbers"),
