@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,15 @@ class Plan:
     inputs: dict[str, str]
 
     def steps_of(self, tensor: str) -> tuple[Step, ...]:
-        return tuple(step for step in self.steps if step.tensor == tensor)
+        return self._by_tensor.get(tensor, ())
+
+    @cached_property
+    def _by_tensor(self) -> dict[str, tuple[Step, ...]]:
+        # Every band of every tensor asks, and a list of neurons can be thousands of steps.
+        found: dict[str, list[Step]] = {}
+        for step in self.steps:
+            found.setdefault(step.tensor, []).append(step)
+        return {tensor: tuple(steps) for tensor, steps in found.items()}
 
     @property
     def edited(self) -> tuple[str, ...]:
@@ -159,6 +168,7 @@ def _cuts(
     for edit, bands in dropped.items():
         for band in bands:
             region, axis = band.region, band.axis
+            _refuse_dtype(recipe, edit, tensors[region.tensor])
             first, _, indices = gone.setdefault(region.tensor, (edit, axis, set()))
             if first != edit:
                 raise EditError(
@@ -251,13 +261,17 @@ def _steps(
     steps = []
     for index, target in _targets(recipe, arch, edits, tensors):
         name = target.region.tensor
-        if tensors[name].dtype not in EDITABLE:
-            raise EditError(
-                f"{recipe.source}: {name!r} is stored as {tensors[name].dtype}, which cannot "
-                f"be edited; editable: {', '.join(EDITABLE)} @ edits[{index}]"
-            )
+        _refuse_dtype(recipe, index, tensors[name])
         steps.append(Step(index, target, str(arch.roles[name])))
     return tuple(steps)
+
+
+def _refuse_dtype(recipe: Recipe, edit: int, info: TensorInfo) -> None:
+    if info.dtype not in EDITABLE:
+        raise EditError(
+            f"{recipe.source}: {info.name!r} is stored as {info.dtype}, which cannot "
+            f"be edited; editable: {', '.join(EDITABLE)} @ edits[{edit}]"
+        )
 
 
 def _refuse_conflicts(recipe: Recipe, steps: tuple[Step, ...], pruning: set[int]) -> None:

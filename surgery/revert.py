@@ -159,12 +159,21 @@ def _patches(delta: Delta, old: TensorInfo, new: TensorInfo, side: Side) -> Iter
     """One patch for each band that changes of a tensor that is `old` and becomes `new`."""
     numbers, cut = _regions_of(delta, old.name), delta.cut(old.name)
     base = new if side == "before" else old
+    _check_cut(delta, base.shape, old if side == "before" else new)
     for rows in bands(base) if numbers or cut else ():
         if cut or any(delta.record.regions[n].region.overlaps(rows) for n in numbers):
             given = cut.left(rows) if cut and side == "before" else rows
             begin = old.begin + (given.start[0] * row_bytes(old) if given.start else 0)
             size = given.size * numpy_dtype(old.dtype).itemsize
             yield Patch(begin, begin + size, partial(_put_back, delta, rows, old, side))
+
+
+def _check_cut(delta: Delta, shape: tuple[int, ...], left: TensorInfo) -> None:
+    cut = delta.cut(left.name)
+    if cut and not cut.fits(shape, left.shape):
+        raise CheckpointError(
+            f"{delta.path}: what it says is left of {quote(left.name)} is not what its headers say"
+        )
 
 
 def _regions_of(delta: Delta, tensor: str) -> list[int]:
@@ -191,6 +200,7 @@ def _appended(
 ) -> Iterator[bytes]:
     """The bytes of a tensor the checkpoint at hand lacks, edits included."""
     new = next(new for new in delta.added() if new.name == info.name)
+    _check_cut(delta, new.shape, info)
     for rows in bands(replace(info, shape=new.shape, end=info.begin + new.nbytes)):
         if new.source is None:
             start = bytes(rows.size * numpy_dtype(info.dtype).itemsize)

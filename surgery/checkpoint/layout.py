@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,13 @@ class Cut:
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of what is left of a tensor of `shape`."""
         return self.left(Region.whole("", shape)).stop
+
+    def fits(self, shape: tuple[int, ...], left: tuple[int, ...]) -> bool:
+        """Whether the ranges are in order and leave `left` of a tensor of `shape`."""
+        edges = [edge for run in self.kept for edge in run]
+        ordered = all(a <= b for a, b in pairwise([0, *edges]))
+        within = self.axis < len(shape) and all(edge <= shape[self.axis] for edge in edges)
+        return ordered and within and self.shape(shape) == left
 
     def left(self, rows: Region) -> Region:
         """Where that which is left of the band `rows` lies in the tensor that is left."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from inputs import write_means
 from models import MODELS, config_of, family_of
 from oracles import (
@@ -26,7 +29,7 @@ from surgery import api
 from surgery.arch import identify
 from surgery.checkpoint import INDEX, SINGLE, Checkpoint
 from surgery.console import plan_json, plan_text
-from surgery.errors import EditError, RecipeError
+from surgery.errors import EditError, InputError, RecipeError
 from surgery.verify import verify
 
 FREE = ("mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma-biased", "phi3", "phi3-partial",
@@ -165,6 +168,33 @@ def test_the_base_comes_back_and_the_edit_again_to_the_byte(
     assert _contents(tmp_path / "again") == _contents(tmp_path / "edited")
     assert verify(tmp_path / "edited", base, recipe).findings == ()
     assert logits(load_model(tmp_path / "edited")).std() > 0
+
+
+@given(data=st.data())
+def test_a_flipped_bit_of_a_delta_never_gives_a_wrong_checkpoint(
+    base_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Half of the bits are of the text that says what is left."""
+    folder, base = tmp_path_factory.mktemp("flip"), base_of("qwen3")
+    recipe, delta = write_recipe(folder, [A_GROUP]), folder / "d.safetensors"
+    api.apply(recipe, base, folder / "edited", delta=delta)
+    raw = bytearray(delta.read_bytes())
+    cuts = raw.index(b"cuts")
+    place = data.draw(st.integers(cuts, cuts + 700) | st.integers(0, len(raw) - 1))
+    raw[place] ^= 1 << data.draw(st.integers(0, 7))
+    delta.write_bytes(raw)
+    for way, source, expected in (
+        (api.revert, folder / "edited", base),
+        (lambda a, b, c: api.apply(b, a, c), base, folder / "edited"),
+    ):
+        try:
+            way(source, delta, folder / "out")
+        except InputError:
+            assert not (folder / "out").exists()
+        else:
+            assert _contents(folder / "out") == _contents(expected)
+            shutil.rmtree(folder / "out")
+    shutil.rmtree(folder)
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

@@ -12,8 +12,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inputs import write_adapter, write_auroc, write_factors, write_means, write_vector
-from recipes import HEADS, NEURONS, apply_edits, make_sae, sae_edit, stored, weight_files
+from recipes import (
+    HEADS,
+    NEURONS,
+    apply_edits,
+    make_sae,
+    plan_of,
+    sae_edit,
+    stored,
+    weight_files,
+)
 
+from surgery.apply import apply_plan
 from surgery.checkpoint import SINGLE, Checkpoint
 from surgery.errors import EditError, RecipeError
 from surgery.verify import ulp_distance, verify
@@ -143,6 +153,41 @@ def test_about_a_mean_of_zero_is_about_zero_to_the_byte(
     zero = apply_edits(folder / "zero", base_of(model, dtype), [edit])
     about = apply_edits(folder, base_of(model, dtype), [mean])
     assert weight_files(zero) == weight_files(about)
+
+
+@st.composite
+def prunings(draw: st.DrawFn) -> dict[str, Any]:
+    """One head of each group in each layer of a model with four heads in two groups."""
+    heads = [
+        f"L{layer}H{2 * group + draw(st.integers(0, 1))}" for layer in (0, 1) for group in (0, 1)
+    ]
+    return {"op": "heads", "heads": draw(st.permutations(heads))}
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    edit=prunings() | st.just({"op": "neurons", "neurons": ["L0N3", "L0N47", "L1N0", "L1N1"]}),
+    model=st.sampled_from(["qwen3", "phi3", "llama-biased"]),
+)
+def test_pruning_only_takes_zeros_out(
+    edit: dict[str, Any],
+    model: str,
+    base_of: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """What is left of every tensor is what the zeroed one holds there, to the bit."""
+    folder = tmp_path_factory.mktemp("prune")
+    zero = apply_edits(folder / "zero", base_of(model, "bfloat16"), [edit])
+    plan = plan_of(folder, base_of(model, "bfloat16"), [{**edit, "prune": True}])
+    apply_plan(plan, folder / "pruned")
+    for name in Checkpoint.open(zero).tensors:
+        before, after = (stored(side, name) for side in (zero, folder / "pruned"))
+        if name in plan.cuts:
+            cut = plan.cuts[name]
+            kept = np.concatenate([np.arange(*run) for run in cut.kept])
+            before = before.take(kept, cut.axis)
+        assert before.tobytes() == after.tobytes() and before.shape == after.shape, name
+    assert len(plan.cuts) >= 4
 
 
 def test_a_nan_in_the_source_outside_the_region_is_kept_bit_for_bit(
