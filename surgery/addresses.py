@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from surgery.errors import RecipeError, quote
@@ -80,6 +81,17 @@ def parse_layers(layers: str | list[int] | tuple[int, ...], count: int) -> tuple
     if len(set(layers)) != len(layers):
         raise RecipeError(f"a layer set must name each layer once, found {quote(list(layers))}")
     return tuple(sorted(layers))
+
+
+def runs(indices: Iterable[int]) -> list[tuple[int, int]]:
+    """Distinct `indices` as the fewest ranges `start` to `stop`, in order."""
+    found: list[tuple[int, int]] = []
+    for index in sorted(indices):
+        if found and found[-1][1] == index:
+            found[-1] = (found[-1][0], index + 1)
+        else:
+            found.append((index, index + 1))
+    return found
 
 
 def _check_layer(layer: int, count: int) -> None:

@@ -16,10 +16,17 @@ from numpy.typing import NDArray
 
 from surgery.addresses import Region
 from surgery.checkpoint import CONFIG, EXPORT_RECEIPT, INDEX, RECEIPT, Staging, TensorInfo
-from surgery.checkpoint.delta import AddedRecord, DeltaRecord, DeltaWriter, RegionRecord, resume
+from surgery.checkpoint.delta import (
+    AddedRecord,
+    CutRecord,
+    DeltaRecord,
+    DeltaWriter,
+    RegionRecord,
+    resume,
+)
 from surgery.checkpoint.dtypes import numpy_dtype
 from surgery.checkpoint.files import sha256_file
-from surgery.checkpoint.layout import extended_index
+from surgery.checkpoint.layout import new_index
 from surgery.checkpoint.parallel import Advance, Progress, in_parallel
 from surgery.checkpoint.receipt import EDIT_PREDICATE, open_receipt, seal, statement
 from surgery.checkpoint.staging import refuse_inside
@@ -149,8 +156,8 @@ def _delta_writer(plan: Plan, delta: Path | None) -> AbstractContextManager[Delt
     if delta is None:
         return nullcontext()
     refuse_inside(delta.absolute(), plan.base.root)
-    regions = dict.fromkeys(step.target.region for step in plan.steps)
-    return DeltaWriter(delta, [(region, plan.tensors[region.tensor].dtype) for region in regions])
+    regions = [(region, plan.tensors[region.tensor].dtype) for region in plan.regions]
+    return DeltaWriter(delta, regions)
 
 
 def _side_bytes(plan: Plan) -> int:
@@ -203,7 +210,7 @@ class _Shards:
         return Copied(digest, digest)
 
     def _edit(self, file: str, advance: Advance) -> Copied:
-        """A shard with edits, or with tensors the base has not."""
+        """A shard with edits, or with another header than the base's."""
         old, new = self._plan.base.headers[file], self._plan.headers[file]
         patches = [
             patch
@@ -211,12 +218,12 @@ class _Shards:
             if info.name in self.records
             for patch in self._patches(info)
         ]
-        extended = new is not old
+        relaid = new is not old
         return copy(
             self._plan.base.path(file),
             self._staging.path / file,
-            head=len(new.raw).to_bytes(8, "little") + new.raw if extended else None,
-            skip=old.data_start if extended else 0,
+            head=len(new.raw).to_bytes(8, "little") + new.raw if relaid else None,
+            skip=old.data_start if relaid else 0,
             patches=patches,
             tail=self._appended(file),
             known=self._trusted.get(file),
@@ -249,7 +256,7 @@ class _Shards:
         new = self._editor.edited(rows, old, observe)
         if self._delta is not None:
             self._delta.add(rows, old, new)
-        return self.records[rows.tensor].add(old, new)
+        return self.records[rows.tensor].add(rows, old, new)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -286,7 +293,7 @@ def replacements(plan: Plan, base_name: str) -> dict[str, bytes]:
     if plan.config:
         config = base.config | plan.config
         replaced[CONFIG] = json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
-    index = extended_index(base, plan.added)
+    index = new_index(base, plan.headers, plan.added)
     if index is not None:
         replaced[INDEX] = index
     return replaced
@@ -305,17 +312,20 @@ def _finish_delta(
     base_digests = base_digests | {file: sha256_file(base.path(file)) for file in small}
     others = sorted({*base_digests, *digests} - {*base.headers})
     changed = [file for file in others if base_digests.get(file) != digests.get(file)]
-    extended = [file for file, header in plan.headers.items() if header is not base.headers[file]]
+    relaid = [file for file, header in plan.headers.items() if header is not base.headers[file]]
     record = DeltaRecord(
         base=base_digests,
         edited=digests,
         regions=tuple(
-            RegionRecord(tensor=r.tensor, start=r.start, stop=r.stop)
-            for r in dict.fromkeys(step.target.region for step in plan.steps)
+            RegionRecord(tensor=r.tensor, start=r.start, stop=r.stop) for r in plan.regions
+        ),
+        cuts=tuple(
+            CutRecord(tensor=tensor, axis=cut.axis, kept=cut.kept)
+            for tensor, cut in plan.cuts.items()
         ),
         added=tuple(AddedRecord(**vars(tensor)) for tensor in plan.added),
         files=tuple(changed),
-        headers=tuple(extended),
+        headers=tuple(relaid),
         lost=tuple(file for file in base.not_carried if file not in small),
     )
     files = {
@@ -325,5 +335,5 @@ def _finish_delta(
         )
         for file in changed
     }
-    headers = {file: (base.headers[file].raw, plan.headers[file].raw) for file in extended}
+    headers = {file: (base.headers[file].raw, plan.headers[file].raw) for file in relaid}
     writer.finish(record, files, headers)

@@ -91,9 +91,17 @@ def plan_text(found: Plan) -> str:
         f"about {size(found.peak_bytes)} of memory",
     ]
     lines += [f"new tensor {tensor.name} in {tensor.file}" for tensor in found.added]
+    lines += [f"{tensor} becomes {shape}" for tensor, shape in _new_shapes(found)]
     lines += [f"config.json: {key} becomes {value}" for key, value in found.config.items()]
     lines += [f"not carried: {file}" for file in found.base.not_carried]
     return "\n".join(lines)
+
+
+def _new_shapes(found: Plan) -> Iterator[tuple[str, str]]:
+    for tensor, cut in found.cuts.items():
+        shape = found.tensors[tensor].shape
+        before, after = ("×".join(map(str, axes)) for axes in (shape, cut.shape(shape)))
+        yield tensor, f"{after} instead of {before}"
 
 
 def plan_json(found: Plan) -> dict[str, Any]:
@@ -126,6 +134,10 @@ def plan_json(found: Plan) -> dict[str, Any]:
         "disk_bytes": found.disk_bytes,
         "peak_bytes": found.peak_bytes,
         "added": [tensor.name for tensor in found.added],
+        "pruned": {
+            tensor: list(cut.shape(found.tensors[tensor].shape))
+            for tensor, cut in found.cuts.items()
+        },
         "config": found.config,
         "not_carried": list(found.base.not_carried),
     }

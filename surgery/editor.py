@@ -85,7 +85,8 @@ class Editor:
     def unrounded(self, tensor: str) -> Array:
         """The whole tensor after every edit, in compute dtype: what an oracle is compared with."""
         parts = [part for _, part in self.rows_before(tensor, len(self.plan.edits))]
-        return np.concatenate(parts) if self.plan.tensors[tensor].shape else parts[0]
+        whole = Region.whole(tensor, self.plan.tensors[tensor].shape)
+        return self.plan.take(whole, np.concatenate(parts) if whole.shape else parts[0])
 
     def rows_before(self, tensor: str, edit: int) -> Iterator[tuple[slice, Array]]:
         """The tensor after the edits before number `edit`, in compute dtype, band by band."""

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from surgery.arch import Architecture, extend, identify
+from surgery.addresses import Region
+from surgery.arch import Architecture, Band, extend, identify
 from surgery.checkpoint import Checkpoint, Header, TensorInfo
 from surgery.checkpoint.dtypes import EDITABLE, compute_dtype, numpy_dtype
-from surgery.checkpoint.layout import NewTensor, extended_headers, tensors_of
+from surgery.checkpoint.layout import Cut, NewTensor, new_headers, tensors_of
 from surgery.edits import Addition, Edit, Target
 from surgery.errors import EditError, InputError, RecipeError
 from surgery.recipe import Recipe, RecipeFolder, load_recipe
@@ -38,9 +41,10 @@ class Step:
 class Plan:
     """What applying `recipe` to `base` will do.
 
-    `steps` are in recipe order; `headers` and `arch` describe the edited checkpoint; `added`
-    are tensors the base lacks; `config` the fields of config.json that change; `inputs` the
-    SHA-256 of every file the recipe read.
+    `steps` are in recipe order; `added` are tensors the base lacks; `cuts` is what is left of
+    those that are pruned; `config` the fields of config.json that change; `inputs` the SHA-256 of
+    every file the recipe read. `arch` and `tensors` are those edits see, with `added` and before
+    `cuts`; `headers` are those of the files that are written.
     """
 
     recipe: Recipe
@@ -48,22 +52,48 @@ class Plan:
     arch: Architecture
     edits: tuple[Edit, ...]
     steps: tuple[Step, ...]
+    tensors: dict[str, TensorInfo]
     headers: dict[str, Header]
     added: tuple[NewTensor, ...]
+    cuts: dict[str, Cut]
     config: dict[str, Any]
     inputs: dict[str, str]
 
-    @property
-    def tensors(self) -> dict[str, TensorInfo]:
-        return tensors_of(self.headers)
-
     def steps_of(self, tensor: str) -> tuple[Step, ...]:
-        return tuple(step for step in self.steps if step.tensor == tensor)
+        return self._by_tensor.get(tensor, ())
+
+    @cached_property
+    def _by_tensor(self) -> dict[str, tuple[Step, ...]]:
+        # Every band of every tensor asks, and a list of neurons can be thousands of steps.
+        found: dict[str, list[Step]] = {}
+        for step in self.steps:
+            found.setdefault(step.tensor, []).append(step)
+        return {tensor: tuple(steps) for tensor, steps in found.items()}
 
     @property
     def edited(self) -> tuple[str, ...]:
-        """Names of the tensors the recipe writes, in the order of the recipe."""
-        return tuple(dict.fromkeys(step.tensor for step in self.steps))
+        """Names of the tensors the recipe writes or prunes, in the order of the recipe."""
+        return tuple(dict.fromkeys([*(step.tensor for step in self.steps), *self.cuts]))
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """Everything of the tensors that does not stay: what is written, and what is left out."""
+        dropped = (
+            region
+            for tensor, cut in self.cuts.items()
+            for region in cut.dropped(tensor, self.tensors[tensor].shape)
+        )
+        return tuple(dict.fromkeys([*(step.target.region for step in self.steps), *dropped]))
+
+    def left(self, rows: Region) -> Region:
+        """Where the band `rows` lies in the tensor as it is written."""
+        cut = self.cuts.get(rows.tensor)
+        return rows if cut is None else cut.left(rows)
+
+    def take(self, rows: Region, values: NDArray[Any]) -> NDArray[Any]:
+        """What of the band `rows` is written."""
+        cut = self.cuts.get(rows.tensor)
+        return values if cut is None else cut.take(rows, values)
 
     @property
     def edited_bytes(self) -> int:
@@ -116,14 +146,40 @@ def make_plan(recipe: Recipe, base: Checkpoint) -> Plan:
     folder = RecipeFolder(recipe)
     edits = tuple(_build(recipe, arch, folder))
     added, config = _layouts(base, arch, edits)
-    untied = _untie(recipe, base, arch, edits, tensors_of(extended_headers(base, added)))
+    untied = _untie(recipe, base, arch, edits, tensors_of(new_headers(base, added, {})))
     added, config = (*added, *untied[0]), config | untied[1]
-    headers = extended_headers(base, added)
+    tensors = tensors_of(new_headers(base, added, {}))
     arch = extend(arch, base.config | config, [tensor.name for tensor in added])
-    steps = _steps(recipe, arch, edits, tensors_of(headers))
-    if not recipe.allow_overlap:
-        _refuse_conflicts(recipe, steps)
-    return Plan(recipe, base, arch, edits, steps, headers, added, config, folder.digests)
+    steps = _steps(recipe, arch, edits, tensors)
+    dropped = {index: edit.drops(arch) for index, edit in enumerate(edits)}
+    _refuse_conflicts(recipe, steps, {index for index, bands in dropped.items() if bands})
+    cuts = _cuts(recipe, tensors, dropped)
+    headers = new_headers(base, added, cuts)
+    return Plan(
+        recipe, base, arch, edits, steps, tensors, headers, added, cuts, config, folder.digests
+    )
+
+
+def _cuts(
+    recipe: Recipe, tensors: Mapping[str, TensorInfo], dropped: Mapping[int, tuple[Band, ...]]
+) -> dict[str, Cut]:
+    """What is left of every tensor that one of the edits prunes."""
+    gone: dict[str, tuple[int, int, set[int]]] = {}
+    for edit, bands in dropped.items():
+        for band in bands:
+            region, axis = band.region, band.axis
+            _refuse_dtype(recipe, edit, tensors[region.tensor])
+            first, _, indices = gone.setdefault(region.tensor, (edit, axis, set()))
+            if first != edit:
+                raise EditError(
+                    f"{recipe.source}: edits[{first}] and edits[{edit}] both prune "
+                    f"{region.tensor!r}; name everything in one edit"
+                )
+            indices.update(range(region.start[axis], region.stop[axis]))
+    return {
+        tensor: Cut.without(axis, tensors[tensor].shape[axis], indices)
+        for tensor, (_, axis, indices) in gone.items()
+    }
 
 
 def _build(recipe: Recipe, arch: Architecture, folder: RecipeFolder) -> Iterator[Edit]:
@@ -205,25 +261,33 @@ def _steps(
     steps = []
     for index, target in _targets(recipe, arch, edits, tensors):
         name = target.region.tensor
-        if tensors[name].dtype not in EDITABLE:
-            raise EditError(
-                f"{recipe.source}: {name!r} is stored as {tensors[name].dtype}, which cannot "
-                f"be edited; editable: {', '.join(EDITABLE)} @ edits[{index}]"
-            )
+        _refuse_dtype(recipe, index, tensors[name])
         steps.append(Step(index, target, str(arch.roles[name])))
     return tuple(steps)
 
 
-def _refuse_conflicts(recipe: Recipe, steps: tuple[Step, ...]) -> None:
+def _refuse_dtype(recipe: Recipe, edit: int, info: TensorInfo) -> None:
+    if info.dtype not in EDITABLE:
+        raise EditError(
+            f"{recipe.source}: {info.name!r} is stored as {info.dtype}, which cannot "
+            f"be edited; editable: {', '.join(EDITABLE)} @ edits[{edit}]"
+        )
+
+
+def _refuse_conflicts(recipe: Recipe, steps: tuple[Step, ...], pruning: set[int]) -> None:
+    """Edits of one region need leave to overlap; what an edit of `pruning` takes out no later one
+    may change, for nothing of it would be there."""
     grouped: dict[str, dict[int, list[Step]]] = {}
     for step in steps:
         grouped.setdefault(step.tensor, {}).setdefault(step.edit, []).append(step)
     for edits in grouped.values():
         for first, second in combinations(edits.values(), 2):
-            _refuse_conflict(recipe, first, second)
+            pruned = first[0].edit in pruning
+            if pruned or not recipe.allow_overlap:
+                _refuse_conflict(recipe, first, second, pruned)
 
 
-def _refuse_conflict(recipe: Recipe, first: list[Step], second: list[Step]) -> None:
+def _refuse_conflict(recipe: Recipe, first: list[Step], second: list[Step], pruned: bool) -> None:
     """Compares the regions two edits have in one tensor, each with all of the other at once: a
     list of neurons can be thousands of regions, and pairs of those are millions."""
     start = np.array([step.target.region.start for step in first])
@@ -233,7 +297,12 @@ def _refuse_conflict(recipe: Recipe, first: list[Step], second: list[Step]) -> N
         shared = np.minimum(stop, region.stop) > np.maximum(start, region.start)
         for index in np.flatnonzero(shared.all(axis=1)):
             if step.target.conflicts(first[index].target):
+                way = (
+                    "the first leaves it out; put it last and say allow_overlap: true"
+                    if pruned
+                    else "say allow_overlap: true to apply them in order"
+                )
                 raise RecipeError(
                     f"{recipe.source}: edits[{first[index].edit}] and edits[{step.edit}] both "
-                    f"change {region}; say allow_overlap: true to apply them in order"
+                    f"change {region}; {way}"
                 )

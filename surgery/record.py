@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from surgery.addresses import Region
 from surgery.checkpoint import RECEIPT, Checkpoint
 from surgery.checkpoint.dtypes import bits, compute_dtype
 from surgery.checkpoint.files import read_small
@@ -29,9 +30,9 @@ class TensorRecord:
         self._before, self._after = hashlib.sha256(), hashlib.sha256()
         self._squares, self._largest, self._changed, self._nonfinite = 0.0, 0.0, 0, 0
 
-    def add(self, old: NDArray[Any], new: NDArray[Any]) -> bytes:
-        """Counts the next band in, `old` as stored and `new`; returns its new bytes."""
-        before, after = old.tobytes(), new.tobytes()
+    def add(self, rows: Region, old: NDArray[Any], new: NDArray[Any]) -> bytes:
+        """Counts the next band in, `old` as stored and `new`; returns the bytes written of it."""
+        before, after = old.tobytes(), self._plan.take(rows, new).tobytes()
         self._before.update(before)
         self._after.update(after)
         self._count(old, new)
@@ -58,9 +59,10 @@ class TensorRecord:
         stored = self._tensor in plan.base.tensors
         return {
             "name": self._tensor,
-            "role": steps[0].role,
+            "role": str(plan.arch.roles[self._tensor]),
             "dtype": info.dtype,
             "shape": list(info.shape),
+            "pruned": _cut_record(plan, self._tensor),
             "before_sha256": self._before.hexdigest() if stored else None,
             "after_sha256": self._after.hexdigest(),
             # NaN and infinities of the source are kept to the bit; that they are there is said.
@@ -153,6 +155,18 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "cpu": platform.processor() or platform.machine(),
         "threads": str(os.cpu_count()),
+    }
+
+
+def _cut_record(plan: Plan, tensor: str) -> dict[str, Any] | None:
+    """What is left of a pruned tensor: ranges along one axis, and its new shape."""
+    cut = plan.cuts.get(tensor)
+    if cut is None:
+        return None
+    return {
+        "axis": cut.axis,
+        "kept": [list(run) for run in cut.kept],
+        "shape": list(cut.shape(plan.tensors[tensor].shape)),
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -119,7 +119,7 @@ def _restore_shard(
     patches = [
         patch
         for info in sorted(own, key=lambda info: info.begin)
-        for patch in _patches(delta, info, side)
+        for patch in _patches(delta, info, new.tensors[info.name], side)
     ]
     end = max((info.end for info in own), default=old.data_start)
     appended = [info for name, info in new.tensors.items() if name not in old.tensors]
@@ -155,13 +155,25 @@ def _data_size(raw: bytes, file: str) -> int:
         raise CheckpointError(f"{file}: the delta holds a malformed header") from None
 
 
-def _patches(delta: Delta, info: TensorInfo, side: Side) -> Iterator[Patch]:
-    numbers = _regions_of(delta, info.name)
-    for rows in bands(info) if numbers else ():
-        if any(delta.record.regions[n].region.overlaps(rows) for n in numbers):
-            begin = info.begin + (rows.start[0] * row_bytes(info) if rows.start else 0)
-            size = rows.size * numpy_dtype(info.dtype).itemsize
-            yield Patch(begin, begin + size, partial(_put_back, delta, rows, info, side))
+def _patches(delta: Delta, old: TensorInfo, new: TensorInfo, side: Side) -> Iterator[Patch]:
+    """One patch for each band that changes of a tensor that is `old` and becomes `new`."""
+    numbers, cut = _regions_of(delta, old.name), delta.cut(old.name)
+    base = new if side == "before" else old
+    _check_cut(delta, base.shape, old if side == "before" else new)
+    for rows in bands(base) if numbers or cut else ():
+        if cut or any(delta.record.regions[n].region.overlaps(rows) for n in numbers):
+            given = cut.left(rows) if cut and side == "before" else rows
+            begin = old.begin + (given.start[0] * row_bytes(old) if given.start else 0)
+            size = given.size * numpy_dtype(old.dtype).itemsize
+            yield Patch(begin, begin + size, partial(_put_back, delta, rows, old, side))
+
+
+def _check_cut(delta: Delta, shape: tuple[int, ...], left: TensorInfo) -> None:
+    cut = delta.cut(left.name)
+    if cut and not cut.fits(shape, left.shape):
+        raise CheckpointError(
+            f"{delta.path}: what it says is left of {quote(left.name)} is not what its headers say"
+        )
 
 
 def _regions_of(delta: Delta, tensor: str) -> list[int]:
@@ -169,13 +181,18 @@ def _regions_of(delta: Delta, tensor: str) -> list[int]:
 
 
 def _put_back(delta: Delta, rows: Region, info: TensorInfo, side: Side, raw: bytearray) -> bytes:
-    values = np.frombuffer(bytes(raw), numpy_dtype(info.dtype)).reshape(rows.shape).copy()
+    """What becomes of the bytes at hand of the band `rows`, which the base has whole."""
+    values, cut = np.frombuffer(bytes(raw), numpy_dtype(info.dtype)), delta.cut(info.name)
+    if cut and side == "before":
+        values = cut.spread(rows, values.reshape(cut.left(rows).shape))
+    else:
+        values = values.reshape(rows.shape).copy()
     for number in _regions_of(delta, info.name):
         region = delta.record.regions[number].region
         if region.overlaps(rows):
             part = region.intersection(rows)
             values[part.within(rows)] = delta.region(number, side)[part.within(region)]
-    return values.tobytes()
+    return (cut.take(rows, values) if cut and side == "after" else values).tobytes()
 
 
 def _appended(
@@ -183,7 +200,8 @@ def _appended(
 ) -> Iterator[bytes]:
     """The bytes of a tensor the checkpoint at hand lacks, edits included."""
     new = next(new for new in delta.added() if new.name == info.name)
-    for rows in bands(info):
+    _check_cut(delta, new.shape, info)
+    for rows in bands(replace(info, shape=new.shape, end=info.begin + new.nbytes)):
         if new.source is None:
             start = bytes(rows.size * numpy_dtype(info.dtype).itemsize)
         else:

@@ -260,7 +260,7 @@ def _recipe(recipe: Path | None, receipt: _Receipt, edited: Path) -> Recipe:
 def _check_tensor(editor: Editor, result: Checkpoint, name: str) -> Iterator[Finding]:
     """Compares one stored tensor with what the plan makes of the base, a part at a time."""
     regions = [step.target.region for step in editor.plan.steps_of(name)]
-    if regions:
+    if name in editor.plan.edited:
         bad = (
             _check_band(editor, result, rows, regions) for rows in bands(editor.plan.tensors[name])
         )
@@ -284,14 +284,16 @@ def _same_bytes(editor: Editor, result: Checkpoint, name: str) -> bool:
 def _check_band(
     editor: Editor, result: Checkpoint, rows: Region, regions: list[Region]
 ) -> Finding | None:
-    name = rows.tensor
-    found, stored = result.read_rows(name, rows), editor.stored(name, rows)
-    expected = editor.edited(rows, stored)
-    wrong = ~np.where(_inside(rows, regions), _near(found, expected), _same_bits(found, stored))
+    name, plan, left = rows.tensor, editor.plan, editor.plan.left(rows)
+    original = editor.stored(name, rows)
+    expected = plan.take(rows, editor.edited(rows, original))
+    stored, inside = (plan.take(rows, v) for v in (original, _inside(rows, regions)))
+    found = result.read_rows(name, left)
+    wrong = ~np.where(inside, _near(found, expected), _same_bits(found, stored))
     if not wrong.any():
         return None
     index = tuple(int(i) for i in np.argwhere(wrong)[0])
-    place = [start + i for start, i in zip(rows.start, index, strict=True)]
+    place = [start + i for start, i in zip(left.start, index, strict=True)]
     message = f"{name}: at {place} holds {found[index]}, the recipe makes it {expected[index]}"
     return Finding("verify", "wrong value", name, message)
 

@@ -10,8 +10,10 @@ from typing import Any
 from inputs import (
     SQUARE,
     write_adapter,
+    write_auroc,
     write_box,
     write_factors,
+    write_means,
     write_partners,
     write_patch,
     write_vector,
@@ -75,8 +77,9 @@ class Case:
 
     def __str__(self) -> str:
         op = self.edit.get("patch", self.edit["op"])
+        op = f"mean-{op}" if "mean" in self.edit else op
         keys = {"op", "sae", "patch", "features", "heads", "neurons", "file", "adapter", "at",
-                "vector", "with"}  # fmt: skip
+                "vector", "with", "mean", "auroc"}  # fmt: skip
         rest = [f"{k}={v}" for k, v in self.edit.items() if k not in keys]
         return "-".join([self.model, op, self.hook.replace("blocks.", ""), *rest])
 
@@ -90,6 +93,10 @@ class Case:
         fields = {key: self.edit.get(key, usual) for key, usual in WAYS.get(self.op, {}).items()}
         if self.op == "layers" and fields["factor"] != 0:
             fields["factor"] = "any"
+        if "mean" in self.edit:
+            fields = {"mean": "given"}
+        if "auroc" in self.edit:
+            fields = {"method": self.edit["method"]}
         said = [
             f"{key}: {str(value).lower()}" for key, value in fields.items() if value is not False
         ]
@@ -111,6 +118,56 @@ def scaling_cases() -> Iterator[Case]:
         for edit in (HEADS, neurons):
             for factor in (0.0, 0.5, -2.0):
                 yield Case(model, {**edit, "factor": factor})
+
+
+BIASLESS = {
+    "heads": ("gptj", "mpt", "mistral", "qwen2", "phi3", "phi3-partial", "mixtral"),
+    "neurons": (
+        "mpt", "mistral", "qwen2", "qwen3", "gemma", "gemma-biased", "gemma2", "gemma3_text",
+        "phi3", "phi3-partial",
+    ),
+}  # fmt: skip
+"""Models whose output or down projection can have no bias."""
+
+
+def mean_cases() -> Iterator[Case]:
+    """Two heads of one layer go into one bias, and a head of another layer."""
+    heads = {**HEADS, "heads": ["L0H1", "L1H2", "L1H0"], "mean": {"file": "means.safetensors"}}
+    neurons = {**NEURONS, "neurons": ["L0N3", "L1N40", "L1N0"]}
+    neurons["mean"] = {"file": "means.safetensors", "key": "neurons"}
+    for model in MODELS:
+        for edit in (heads, neurons):
+            family, role = model.partition("-")[0], "o_proj" if edit is heads else "down_proj"
+            refused = f"{family} has no bias at {role}" if model in BIASLESS[edit["op"]] else ""
+            if edit is neurons and model in EXPERT_NEURONS:
+                edit, refused = {**edit, "neurons": EXPERT_NEURONS[model]}, "depends on the router"
+            for factor in (0.0, -0.5):
+                yield Case(model, {**edit, "factor": factor}, refused=refused, files=write_means)
+
+
+GATED = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "mixtral",
+    "qwen3_moe",
+)  # fmt: skip
+"""Families with two projections before the product of the MLP."""
+
+
+def dampening_cases() -> Iterator[Case]:
+    edit = {"op": "neurons", "auroc": {"file": "auroc.csv"}}
+    for model in MODELS:
+        family = model.partition("-")[0]
+        sides = [{"on": "gate"}, {"on": "up"}] if family in GATED else [{}]
+        for side in sides:
+            for method in (
+                {"method": "aura"},
+                {"method": "det0", "top": 2},
+                {"method": "damp", "factor": -0.5},
+            ):
+                yield Case(model, {**edit, **side, **method}, files=write_auroc)
+        wrong = {} if family in GATED else {"on": "gate"}
+        refused = f"{family} has a gated MLP" if family in GATED else f"{family} has no gate"
+        edit_ = {**edit, **wrong, "method": "aura"}
+        yield Case(model, edit_, refused=refused, files=write_auroc)
 
 
 def projection_cases() -> Iterator[Case]:
@@ -264,6 +321,8 @@ def meeting_refusal(model: str) -> str:
 
 CASES = [
     *scaling_cases(),
+    *mean_cases(),
+    *dampening_cases(),
     *projection_cases(),
     *rank_one_cases(),
     *steering_cases(),

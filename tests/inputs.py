@@ -133,6 +133,30 @@ def write_vector(folder: Path, base: Path) -> None:
     save_file({"d": random(32, size=3.0)}, folder / "d.safetensors")
 
 
+def write_means(folder: Path, base: Path) -> None:
+    """Mean activations of every head and every neuron, and zeros in their place."""
+    sizes = identify(Checkpoint.open(base)).sizes
+    heads = (sizes["layers"], sizes["heads"], sizes["head_dim"])
+    neurons = (sizes["layers"], sizes["mlp_width"])
+    means = {"mean": random(*heads, size=2.0), "neurons": random(*neurons, size=2.0)}
+    zeros = {f"{name}.zero": np.zeros_like(values) for name, values in means.items()}
+    save_file({**means, **zeros}, folder / "means.safetensors")
+
+
+def write_auroc(folder: Path, base: Path) -> None:
+    """Areas under the ROC curve: experts in a row and apart, one of them perfect, and others."""
+    arch = identify(Checkpoint.open(base))
+    scores = {0: 0.4, 3: 0.9, 4: 0.75, 5: 1.0, 17: 0.5, 39: 0.6}
+    places = [(0, 0), (1, 0), (1, 2)] if arch.sparse else [(0, 0), (1, 0)]
+    rows = [
+        f"{layer},{expert},{n},{auroc}" for layer, expert in places for n, auroc in scores.items()
+    ]
+    text = "\n".join(["layer,expert,neuron,auroc", *rows])
+    if not arch.sparse:
+        text = text.replace(",expert,", ",").replace(",0,", ",")
+    (folder / "auroc.csv").write_text(text)
+
+
 def write_partners(folder: Path, base: Path) -> None:
     """Two more models like `base` with other numbers, in the folders `other` and `third`."""
     import torch

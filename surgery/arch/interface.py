@@ -88,6 +88,15 @@ class Architecture:
         names = module.weight_shape() if kind == "weight" else module.bias_shape()
         return tuple(evaluate(name, self.sizes) for name in names)
 
+    def config_keys(self, size: str) -> tuple[str, ...]:
+        """The fields of `config.json` that give a size: those that are there, or the first there
+        can be; none where the size follows from others."""
+        fact = self.facts.sizes[size]
+        if not fact.keys and fact.default in self.facts.sizes:
+            return self.config_keys(str(fact.default))
+        there = [key for key in fact.keys if key in self.settings.config]
+        return tuple(there or fact.keys[:1])
+
     def layers_of(self, role: str) -> tuple[int, ...]:
         """The layers that have `role`: all, or those with or without experts."""
         return layers_of(self.facts.modules[role], self.layers, self.sparse)

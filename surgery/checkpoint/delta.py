@@ -1,11 +1,12 @@
 """A delta: what it takes to go from a base to its edited checkpoint, and back.
 
 One safetensors file. Its tensors `before.N` and `after.N` are the two contents of edited region
-N, `file.N.before` and `file.N.after` (U8) those of every file that is no shard and changed, came
-or went, `header.N.before` and `header.N.after` those of a shard's header. Where all edits of
-region N are low-rank, `factor.N.left` [rows, rank] and `factor.N.right` [rank, columns] (F64) are
-the change before rounding: `before.N + left @ right` rounds to `after.N`. What all that belongs to,
-and the SHA-256 of every file of both checkpoints, is JSON in `__metadata__`.
+N (of a part that was pruned, `after.N` is what it was when it went), `file.N.before` and
+`file.N.after` (U8) those of every file that is no shard and changed, came or went,
+`header.N.before` and `header.N.after` those of a shard's header. Where all edits of region N are
+low-rank, `factor.N.left` [rows, rank] and `factor.N.right` [rank, columns] (F64) are the change
+before rounding: `before.N + left @ right` rounds to `after.N`. What all that belongs to, and the
+SHA-256 of every file of both checkpoints, is JSON in `__metadata__`.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from surgery.addresses import Region
 from surgery.checkpoint.dtypes import BITS, numpy_dtype
 from surgery.checkpoint.files import open_regular, read_exactly, sha256_file
 from surgery.checkpoint.folder import RECEIPT
 from surgery.checkpoint.header import Header, encode_header, read_header
-from surgery.checkpoint.layout import NewTensor
+from surgery.checkpoint.layout import Cut, NewTensor
 from surgery.checkpoint.sink import write_at
 from surgery.checkpoint.staging import lock, sync
 from surgery.errors import CheckpointError, OutputError, quote
@@ -71,6 +72,14 @@ class AddedRecord(_Strict):
     source: str | None
 
 
+class CutRecord(_Strict):
+    """What the edited checkpoint keeps of a tensor; what it leaves out are regions too."""
+
+    tensor: str
+    axis: NonNegativeInt
+    kept: tuple[tuple[NonNegativeInt, NonNegativeInt], ...]
+
+
 class DeltaRecord(_Strict):
     """What the tensors of a delta belong to.
 
@@ -84,6 +93,7 @@ class DeltaRecord(_Strict):
     edited: dict[str, str]
     regions: tuple[RegionRecord, ...]
     added: tuple[AddedRecord, ...]
+    cuts: tuple[CutRecord, ...] = ()
     files: tuple[str, ...]
     headers: tuple[str, ...]
     lost: tuple[str, ...]
@@ -311,6 +321,11 @@ class Delta:
     def added(self) -> Iterator[NewTensor]:
         for record in self.record.added:
             yield NewTensor(record.name, record.dtype, record.shape, record.file, record.source)
+
+    def cut(self, tensor: str) -> Cut | None:
+        """What the edited checkpoint keeps of a tensor; None where that is all of it."""
+        found = (record for record in self.record.cuts if record.tensor == tensor)
+        return next((Cut(record.axis, record.kept) for record in found), None)
 
     def _bytes(self, name: str) -> bytearray:
         info = self.header.tensors[name]

@@ -19,7 +19,7 @@ from surgery.checkpoint.sink import Bytes, Clone, Target, open_target
 
 @dataclass(frozen=True)
 class Patch:
-    """Bytes `begin` to `end` of the source become `make(old)`, which is as long."""
+    """Bytes `begin` to `end` of the source become `make(old)`, as long where the head stays."""
 
     begin: int
     end: int
@@ -49,9 +49,9 @@ def copy(
     """Copies `source` to the new file `target`, synced.
 
     `head` replaces the first `skip` bytes, `patches` (in order, apart from each other) replace
-    bytes of the same length, what lies from `stop` on is read but not written, `tail` is
-    appended; `known` is the SHA-256 of the source where that need not be computed, so that a clone
-    of it is not even read; `advance` is told of every so many bytes done.
+    bytes, with a new `head` by more or fewer, what lies from `stop` on is read but not written,
+    `tail` is appended; `known` is the SHA-256 of the source where that need not be computed, so
+    that a clone of it is not even read; `advance` is told of every so many bytes done.
     Raises `CheckpointError` where the source is cut short while it is read.
     """
     with open_regular(source) as descriptor:

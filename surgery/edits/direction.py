@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt
 from surgery.addresses import Region, parse_layers
 from surgery.arch import Architecture, Writer
 from surgery.checkpoint import TensorFile, TensorInfo
+from surgery.edits.experts import written
 from surgery.edits.interface import Array, Edit, Fields, Reader, RecipeFiles, Target
-from surgery.edits.live import expert_written
 from surgery.edits.projection import OutputProjection, Vectors, project_torch, refuse_inexact
 from surgery.errors import EditError, RecipeError, quote
 
@@ -180,7 +180,7 @@ class NormKeepingDirection(Direction):
     def _scale_experts(self, module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
         for expert, weight in enumerate(module.down_proj):
             more = (self._live_factors(weight) - 1).to(output)
-            output = output + expert_written(module, inputs, expert, more)
+            output = output + written(module, inputs, expert, slice(None), by=more)
         return output
 
     def _live_factors(self, weight: Any) -> Any:

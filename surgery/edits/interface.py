@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from surgery.addresses import Region
-from surgery.arch import Architecture
+from surgery.arch import Architecture, Band
 from surgery.checkpoint import Checkpoint, TensorInfo
 from surgery.checkpoint.delta import Factors
 
@@ -101,6 +101,13 @@ class Edit(ABC):
     def layout(self, arch: Architecture) -> Layout:
         """New tensors and config fields this edit needs; most need none."""
         return Layout()
+
+    def drops(self, arch: Architecture) -> tuple[Band, ...]:
+        """What of its tensors the edited checkpoint leaves out, along which axis.
+
+        It is left out last: edits address and compute tensors in the shapes they have in the base.
+        """
+        return ()
 
     def keeps_tie(self) -> bool:
         """Whether what this edit does to a tied embedding is meant for the head as well."""

@@ -49,19 +49,3 @@ def _places(model: Any, arch: Architecture, tensor: str) -> list[tuple[Any, str]
         for name, parameter in module.named_parameters(recurse=False)
         if parameter is wanted
     ]
-
-
-def expert_written(experts: Any, inputs: tuple[Any, ...], expert: int, by: Any) -> Any:
-    """What one expert adds to the output of a layer's experts [tokens, width], with its neurons
-    multiplied by `by` [expert_width].
-
-    transformers computes all experts of a layer in one module, from their stacked weights and the
-    router's choice; `inputs` are its x [tokens, width], indices and weights [tokens, chosen].
-    """
-    import torch
-
-    x, index, weight = inputs
-    gate, up = experts.gate_up_proj[expert].chunk(2)
-    activations = experts.act_fn(x @ gate.T) * (x @ up.T)
-    routed = torch.where(index == expert, weight, 0).sum(-1, keepdim=True)
-    return (routed * activations * by) @ experts.down_proj[expert].T

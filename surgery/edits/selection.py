@@ -45,8 +45,8 @@ def select(
     if file is None:
         chosen = [parse(address) for address in written or []]
     else:
-        rows = _read_csv(files.path(file), columns)
-        chosen = [make(*indices) for indices, _ in _best(rows, top)]
+        rows = read_scores(files.path(file), columns)
+        chosen = [make(*indices) for indices, _ in best(rows, top)]
     if not chosen:
         raise RecipeError(f"no {noun} is selected; name at least one")
     [(commonest, times)] = Counter(chosen).most_common(1)
@@ -55,33 +55,48 @@ def select(
     return tuple(chosen)
 
 
-def _best(rows: list[Scored], top: int | None) -> list[Scored]:
+def best(rows: list[Scored], top: int | None) -> list[Scored]:
+    """The `top` rows of highest score, or all of them.
+
+    The first of those that tie, or have none.
+    """
     # sorted() is stable, so rows without a score keep the order of the file.
     return rows if top is None else sorted(rows, key=lambda row: -row[1])[:top]
 
 
-def _read_csv(path: Path, columns: tuple[str, ...]) -> list[Scored]:
+def read_scores(path: Path, columns: tuple[str, ...], score: str | None = None) -> list[Scored]:
+    """The rows of a CSV: a number for each of `columns`, and the score.
+
+    That is the column `score`, or one of that name which need not be there. Raises `RecipeError`
+    for a malformed file.
+    """
     try:
         text = read_small(path, MAX_CSV_BYTES).decode("utf-8-sig")
         reader = csv.DictReader(io.StringIO(text), strict=True)
         rows, found = list(reader), list(reader.fieldnames or ())
     except (UnicodeDecodeError, csv.Error) as error:
         raise RecipeError(f"{path}: not a CSV file: {quote(error)}") from None
-    once = all(found.count(column) == 1 for column in columns)
+    needed = columns if score is None else (*columns, score)
+    expected = ",".join(needed) + ("[,score]" if score is None else "")
+    once = all(found.count(column) == 1 for column in needed)
     if not rows or not once or found.count("score") > 1:
-        expected = ",".join(columns)
-        raise RecipeError(f"{path}: expected the columns {expected}[,score] and rows below them")
-    return [_row(path, line, row, columns) for line, row in enumerate(rows, start=2)]
+        raise RecipeError(f"{path}: expected the columns {expected} and rows below them")
+    return [
+        _row(f"{path}: line {line}", row, columns, score, expected)
+        for line, row in enumerate(rows, start=2)
+    ]
 
 
-def _row(path: Path, line: int, row: dict[str, str], columns: tuple[str, ...]) -> Scored:
+def _row(
+    where: str, row: dict[str, str], columns: tuple[str, ...], score: str | None, expected: str
+) -> Scored:
     try:
         if None in row or None in row.values():
             raise ValueError("more or fewer values than columns")
-        indices, score = tuple(int(row[c]) for c in columns), float(row.get("score") or 0)
+        indices = tuple(int(row[c]) for c in columns)
+        number = float(row[score] if score else row.get("score") or 0)
     except (TypeError, ValueError):
-        expected = ",".join(columns)
-        raise RecipeError(f"{path}: line {line} is not {expected}[,score] in numbers") from None
-    if min(indices) < 0 or not math.isfinite(score):
-        raise RecipeError(f"{path}: line {line} has a negative index or a score that is no number")
-    return indices, score
+        raise RecipeError(f"{where} is not {expected} in numbers") from None
+    if min(indices) < 0 or not math.isfinite(number):
+        raise RecipeError(f"{where} has a negative index, or its {score or 'score'} is no number")
+    return indices, number

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from recipes import HEADS, NEURONS, apply_edits, make_sae, plan_of, sae_edit, weight_files
 from safetensors_files import header_of
 
+from surgery.addresses import Region
 from surgery.checkpoint import INDEX, Checkpoint, Header
+from surgery.checkpoint.layout import Cut
 from surgery.plan import Plan
 
 EDITS = [HEADS, {**NEURONS, "factor": 0.5}]
@@ -121,3 +126,33 @@ def test_the_index_counts_added_tensors(base_of: Callable[..., Path], tmp_path: 
     parameters = [index["metadata"].get("total_parameters", 0) for index in (before, after)]
     assert parameters[1] - parameters[0] in (added, 0)
     Checkpoint.open(output)
+
+
+@given(st.data())
+def test_a_cut_takes_and_spreads_any_band_of_any_axis(data: st.DataObject) -> None:
+    """Against numpy's own `delete` of the whole tensor."""
+    shape = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple))
+    axis = data.draw(st.integers(0, len(shape) - 1))
+    dropped = data.draw(st.sets(st.integers(0, shape[axis] - 1)))
+    first = data.draw(st.integers(0, shape[0] - 1))
+    rows = Region.band("t", shape, 0, first, data.draw(st.integers(first + 1, shape[0])))
+    whole = np.arange(1, math.prod(shape) + 1).reshape(shape)
+    cut, expected = Cut.without(axis, shape[axis], dropped), np.delete(whole, [*dropped], axis)
+    assert cut.shape(shape) == expected.shape
+    left = cut.take(rows, whole[rows.slices])
+    assert (left == expected[cut.left(rows).slices]).all()
+    back = cut.spread(rows, left)
+    zeroed = whole.copy()
+    zeroed[(slice(None),) * axis + ([*dropped],)] = 0
+    assert (back == zeroed[rows.slices]).all()
+    gone = {i for r in cut.dropped("t", shape) for i in range(r.start[axis], r.stop[axis])}
+    assert gone == dropped
+    assert cut.fits(shape, expected.shape)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [Cut(2, ((0, 2),)), Cut(0, ((0, 5),)), Cut(0, ((2, 1), (1, 4))), Cut(0, ((2, 3), (0, 1)))],
+)
+def test_ranges_that_are_none_do_not_fit(cut: Cut) -> None:
+    assert not cut.fits((4, 4), (2, 4))

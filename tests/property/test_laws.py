@@ -11,9 +11,19 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from inputs import write_adapter, write_factors, write_vector
-from recipes import HEADS, NEURONS, apply_edits, make_sae, sae_edit, stored, weight_files
+from inputs import write_adapter, write_auroc, write_factors, write_means, write_vector
+from recipes import (
+    HEADS,
+    NEURONS,
+    apply_edits,
+    make_sae,
+    plan_of,
+    sae_edit,
+    stored,
+    weight_files,
+)
 
+from surgery.apply import apply_plan
 from surgery.checkpoint import SINGLE, Checkpoint
 from surgery.errors import EditError, RecipeError
 from surgery.verify import ulp_distance, verify
@@ -29,6 +39,15 @@ NOTHING_OF_IT = {"model": "other", "weight": 0}
 NO_OPS = {
     "heads": ("", {**HEADS, "factor": 1.0}),
     "neurons": ("", {**NEURONS, "factor": 1}),
+    "heads, mean": ("", {**HEADS, "factor": 1.0, "mean": {"file": "means.safetensors"}}),
+    "neurons, mean": (
+        "",
+        {**NEURONS, "factor": 1, "mean": {"file": "means.safetensors", "key": "neurons"}},
+    ),
+    "damp": (
+        "",
+        {"op": "neurons", "auroc": {"file": "auroc.csv"}, "method": "damp", "factor": 1.0},
+    ),
     "orthogonalize": ("blocks.0.hook_resid_post", sae_edit("orthogonalize", strength=0.0)),
     "z_project": ("blocks.0.attn.hook_z", sae_edit("z_project", strength=0.0)),
     "steer_bias": ("blocks.0.hook_mlp_out", sae_edit("steer_bias", strength=0.0)),
@@ -53,6 +72,7 @@ WRITE = {
     "direction, norms kept": write_vector,
 }
 UNTYING = {"orthogonalize", "lm_head_spectrum", *WRITE}
+WRITE |= {"damp": write_auroc, "heads, mean": write_means, "neurons, mean": write_means}
 ODD_BITS = {"float32": [0x7FA12345, 0xFFC00001, 0x80000000, 0x7F800000, 1, 0x80000001]}
 ODD_BITS |= {"bfloat16": [0x7FA1, 0xFFC1, 0x8000, 0xFF80, 1, 0x8001]}
 ODD_BITS |= {"float16": [0x7D01, 0xFE01, 0x8000, 0xFC00, 1, 0x8001]}
@@ -136,6 +156,66 @@ def test_a_factor_of_zero_writes_positive_zeros_over_anything_and_nothing_else(
     expected = before.copy()
     expected[head] = 0
     assert after.tobytes() == expected.tobytes()
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    op=st.sampled_from(["heads", "neurons"]),
+    model=st.sampled_from(["gpt2", "bert", "opt", "llama-biased"]),
+    factor=st.floats(-2, 2),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+def test_about_a_mean_of_zero_is_about_zero_to_the_byte(
+    op: str,
+    model: str,
+    factor: float,
+    dtype: str,
+    base_of: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("mean")
+    edit = {**(HEADS if op == "heads" else NEURONS), "factor": factor}
+    write_means(folder, base_of(model, dtype))
+    key = "mean.zero" if op == "heads" else "neurons.zero"
+    mean = {**edit, "mean": {"file": "means.safetensors", "key": key}}
+    zero = apply_edits(folder / "zero", base_of(model, dtype), [edit])
+    about = apply_edits(folder, base_of(model, dtype), [mean])
+    assert weight_files(zero) == weight_files(about)
+
+
+@st.composite
+def prunings(draw: st.DrawFn) -> dict[str, Any]:
+    """One head of each group in each layer of a model with four heads in two groups."""
+    heads = [
+        f"L{layer}H{2 * group + draw(st.integers(0, 1))}" for layer in (0, 1) for group in (0, 1)
+    ]
+    return {"op": "heads", "heads": draw(st.permutations(heads))}
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    edit=prunings() | st.just({"op": "neurons", "neurons": ["L0N3", "L0N47", "L1N0", "L1N1"]}),
+    model=st.sampled_from(["qwen3", "phi3", "llama-biased"]),
+)
+def test_pruning_only_takes_zeros_out(
+    edit: dict[str, Any],
+    model: str,
+    base_of: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """What is left of every tensor is what the zeroed one holds there, to the bit."""
+    folder = tmp_path_factory.mktemp("prune")
+    zero = apply_edits(folder / "zero", base_of(model, "bfloat16"), [edit])
+    plan = plan_of(folder, base_of(model, "bfloat16"), [{**edit, "prune": True}])
+    apply_plan(plan, folder / "pruned")
+    for name in Checkpoint.open(zero).tensors:
+        before, after = (stored(side, name) for side in (zero, folder / "pruned"))
+        if name in plan.cuts:
+            cut = plan.cuts[name]
+            kept = np.concatenate([np.arange(*run) for run in cut.kept])
+            before = before.take(kept, cut.axis)
+        assert before.tobytes() == after.tobytes() and before.shape == after.shape, name
+    assert len(plan.cuts) >= 4
 
 
 def test_a_nan_in_the_source_outside_the_region_is_kept_bit_for_bit(

@@ -1,0 +1,313 @@
+"""Pruned checkpoints are the zeroed ones without zeros: stock transformers, bytes, way back."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from inputs import write_means
+from models import MODELS, config_of, family_of
+from oracles import (
+    NOISE_FACTOR,
+    assert_equivalent,
+    assert_rounded_once,
+    load_model,
+    logits,
+    noise,
+)
+from recipes import apply_edits, editor_of, plan_of, snapshot, stored, write_recipe
+
+from surgery import api
+from surgery.arch import identify
+from surgery.checkpoint import INDEX, SINGLE, Checkpoint
+from surgery.console import plan_json, plan_text
+from surgery.errors import EditError, InputError, RecipeError
+from surgery.verify import verify
+
+FREE = ("mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma-biased", "phi3", "phi3-partial",
+        "mixtral")  # fmt: skip
+DIVISOR = ("llama", "llama-biased", "gemma2", "gemma3_text")
+"""Families whose config class wants the number of heads to divide the width; all others take a
+head's size from the width and can lose none."""
+NO_FIELD = ("bloom", "mpt")
+"""Families whose config has no field for the width of the MLP."""
+
+ONE_OF_EACH = {"op": "heads", "heads": ["L0H0", "L0H3", "L1H1", "L1H2"], "prune": True}
+"""One head of both key-value groups in both layers: two of four are left."""
+A_GROUP = {"op": "heads", "heads": ["L0H0", "L0H1", "L1H2", "L1H3"], "prune": True}
+"""A whole key-value group of both layers: two of four are left, with one key-value head."""
+THREE = {"op": "heads", "heads": ["L0H0", "L0H1", "L0H2", "L1H0", "L1H2", "L1H3"], "prune": True}
+"""A group and a head of the other: one is left."""
+
+
+def neurons(model: str) -> dict[str, Any]:
+    places = {"mixtral": ["L0E{}", "L1E{}"], "qwen3_moe": ["L1E{}"]}
+    chosen = {0: (0, 7, 8), 1: (39, 3, 20), 2: (1, 2, 3)}
+    names = [
+        f"{place.format(expert)}N{n}"
+        for place in places.get(model, ["L0", "L1"])
+        for expert in (range(3) if "{" in place else (int(place[1]),))
+        for n in chosen[expert]
+    ]
+    return {"op": "neurons", "neurons": names, "prune": True}
+
+
+CASES = [
+    *((model, edit) for model in (*FREE, *DIVISOR) for edit in (ONE_OF_EACH, A_GROUP, THREE)),
+    *((model, neurons(model)) for model in MODELS if model not in NO_FIELD),
+]
+
+
+def label(value: object) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    names = {id(ONE_OF_EACH): "one", id(A_GROUP): "group", id(THREE): "three"}
+    return names.get(id(value), "neurons")
+
+
+def zeroed(edit: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in edit.items() if key != "prune"}
+
+
+def parameters(folder: Path) -> int:
+    return sum(math.prod(info.shape) for info in Checkpoint.open(folder).tensors.values())
+
+
+@pytest.mark.parametrize(("model", "edit"), CASES, ids=label)
+def test_what_is_left_is_the_zeroed_model(
+    model: str, edit: dict[str, Any], base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = base_of(model)
+    editor = editor_of(tmp_path, base, [edit])
+    assert_equivalent(editor, tmp_path / "out")
+    assert_rounded_once(editor, tmp_path / "out")
+    zero = apply_edits(tmp_path / "zero", base, [zeroed(edit)])
+    pruned = tmp_path / "out"
+    difference = logits(load_model(pruned)) - logits(load_model(zero))
+    assert np.abs(difference).max() <= NOISE_FACTOR * noise(base)
+    assert verify(pruned, base).findings == ()
+    identify(Checkpoint.open(pruned))
+
+
+@pytest.mark.parametrize(("model", "edit"), CASES, ids=label)
+def test_every_weight_that_goes_is_counted(
+    model: str, edit: dict[str, Any], base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """By hand: what heads and neurons have of weights and biases."""
+    base = base_of(model)
+    output = apply_edits(tmp_path, base, [edit])
+    sizes, config = identify(Checkpoint.open(base)).sizes, config_of(base)
+    width, dim = sizes["width"], sizes["head_dim"]
+    if edit["op"] == "heads":
+        biased = model in ("llama-biased", "qwen2", "gemma-biased")
+        rows = {"one": (2, 0), "group": (2, 1), "three": (3, 1)}[label(edit)]
+        heads, kv_heads = 2 * rows[0], 2 * rows[1]
+        gone = dim * (2 * heads + 2 * kv_heads) * width + biased * dim * (heads + 2 * kv_heads)
+    else:
+        gated = family_of(model) in ("llama", "mistral", "phi3", "mixtral") or model[:4] in (
+            "qwen",
+            "gemm",
+        )
+        biased = model == "llama-biased" or (not gated and model not in (
+            "falcon", "falcon-new", "falcon-one-norm", "opt-unbiased"
+        ))  # fmt: skip
+        gone = len(edit["neurons"]) * ((3 if gated else 2) * width + (1 + gated) * biased)
+    assert parameters(base) - parameters(output) == gone
+    assert sum(p.numel() for p in load_model(base).parameters()) - gone == sum(
+        p.numel() for p in load_model(output).parameters()
+    )
+    data = [Checkpoint.open(f).headers[SINGLE] for f in (base, output)]
+    files = [(f / SINGLE).stat().st_size - h.data_start for f, h in zip((base, output), data)]  # noqa: B905
+    assert files[0] - files[1] == 4 * gone
+    after = config_of(output)
+    changed = {key for key in after if after[key] != config.get(key)}
+    assert (
+        changed <= {"num_attention_heads", "num_key_value_heads", "head_dim"} or len(changed) == 1
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", ["llama", "qwen3", "phi3", "gpt2"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_base_comes_back_and_the_edit_again_to_the_byte(
+    model: str,
+    dtype: str,
+    sharded: bool,
+    base_of: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the bands, in one file or many, beside other edits and added tensors."""
+    monkeypatch.setattr("surgery.editor.SLAB_BYTES", 700)
+    base = base_of(model, dtype)
+    if sharded:
+        base = _sharded(base, tmp_path / "base")
+    write_means(tmp_path, base)
+    edits = [
+        {"op": "layers", "layers": [1], "factor": 0.5, "part": "mlp"},
+        neurons(model),
+    ]
+    if model == "llama":
+        mean = {"file": "means.safetensors"}
+        edits += [{**A_GROUP, "mean": mean}]
+    elif model != "gpt2":
+        edits += [A_GROUP]
+    recipe = write_recipe(tmp_path, edits)
+    api.apply(recipe, base, tmp_path / "edited", delta=tmp_path / "d.safetensors")
+    api.revert(tmp_path / "edited", tmp_path / "d.safetensors", tmp_path / "back")
+    api.apply(tmp_path / "d.safetensors", base, tmp_path / "again")
+    assert _contents(tmp_path / "back") == _contents(base)
+    assert _contents(tmp_path / "again") == _contents(tmp_path / "edited")
+    assert verify(tmp_path / "edited", base, recipe).findings == ()
+    assert logits(load_model(tmp_path / "edited")).std() > 0
+
+
+@given(data=st.data())
+def test_a_flipped_bit_of_a_delta_never_gives_a_wrong_checkpoint(
+    base_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Half of the bits are of the text that says what is left."""
+    folder, base = tmp_path_factory.mktemp("flip"), base_of("qwen3")
+    recipe, delta = write_recipe(folder, [A_GROUP]), folder / "d.safetensors"
+    api.apply(recipe, base, folder / "edited", delta=delta)
+    raw = bytearray(delta.read_bytes())
+    cuts = raw.index(b"cuts")
+    place = data.draw(st.integers(cuts, cuts + 700) | st.integers(0, len(raw) - 1))
+    raw[place] ^= 1 << data.draw(st.integers(0, 7))
+    delta.write_bytes(raw)
+    for way, source, expected in (
+        (api.revert, folder / "edited", base),
+        (lambda a, b, c: api.apply(b, a, c), base, folder / "edited"),
+    ):
+        try:
+            way(source, delta, folder / "out")
+        except InputError:
+            assert not (folder / "out").exists()
+        else:
+            assert _contents(folder / "out") == _contents(expected)
+            shutil.rmtree(folder / "out")
+    shutil.rmtree(folder)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, (data, _) in snapshot(folder).items()}
+
+
+def _sharded(base: Path, folder: Path) -> Path:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    model.save_pretrained(folder, max_shard_size="15KB")
+    assert (folder / INDEX).exists()
+    return folder
+
+
+def test_the_index_the_plan_and_the_receipt_say_what_is_left(
+    base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = _sharded(base_of("qwen3"), tmp_path / "base")
+    plan = plan_of(tmp_path, base, [A_GROUP])
+    output = apply_edits(tmp_path, base, [A_GROUP])
+    gone = parameters(base) - parameters(output)
+    before, after = (json.loads((f / INDEX).read_text()) for f in (base, output))
+    assert before["metadata"]["total_size"] - after["metadata"]["total_size"] == 4 * gone
+    assert before["weight_map"] == after["weight_map"]
+    name = "model.layers.0.self_attn.k_proj.weight"
+    assert f"{name} becomes 16×32 instead of 32×32" in plan_text(plan)
+    assert "config.json: num_attention_heads becomes 2" in plan_text(plan)
+    assert plan_json(plan)["pruned"][name] == [16, 32]
+    assert plan.disk_bytes == sum(f.stat().st_size for f in output.glob("*.safetensors"))
+    receipt = json.loads((output / "surgery-receipt.json").read_text())
+    records = {record["name"]: record for record in receipt["predicate"]["tensors"]}
+    assert len(records) == 8
+    assert records[name]["pruned"] == {"axis": 0, "kept": [[16, 32]], "shape": [16, 32]}
+    assert records[name]["change"]["elements"] == "0"
+    q = "model.layers.1.self_attn.q_proj.weight"
+    assert (stored(output, q) == stored(base, q)[:32]).all()
+
+
+def test_verify_finds_a_changed_weight_of_a_pruned_tensor(
+    base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = base_of("qwen3")
+    output = apply_edits(tmp_path, base, [A_GROUP])
+    info = Checkpoint.open(output).info("model.layers.0.self_attn.k_proj.weight")
+    raw = bytearray((output / SINGLE).read_bytes())
+    raw[info.begin + 5 * 4 * 32 + 7] ^= 1
+    (output / SINGLE).write_bytes(raw)
+    found = {finding.symptom: finding.message for finding in verify(output, base).findings}
+    assert "at [5, 1] holds" in found["wrong value"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_no_config_can_say_is_refused_with_a_way_out(
+    model: str, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    family = family_of(model)
+    one = {**ONE_OF_EACH, "heads": ["L0H0", "L0H1", "L0H2", "L0H3", "L1H0"]}
+    refused = [(ONE_OF_EACH, f"{family}: heads cannot be pruned: a head's size is the width")]
+    if model in (*FREE, *DIVISOR):
+        refused = [
+            (one, r"layer 0 would keep \[\] heads .*each must keep as many or go"),
+            ({**ONE_OF_EACH, "heads": ["L0H0", "L1H2"]}, r"layer 0 would keep \[1, 2\] heads"),
+            (
+                {**ONE_OF_EACH, "heads": ["L0H0", "L0H2", "L1H0", "L1H1"]},
+                r"layer 0 would keep \[1, 1\] .*, layer 1 \[2\]; every layer must lose as many",
+            ),
+            (
+                {**ONE_OF_EACH, "heads": ["L0H0", "L0H2"]},
+                r"layer 0 would keep \[1, 1\] .*, layer 1 \[2, 2\]; every",
+            ),
+        ]
+    if model in NO_FIELD:
+        refused += [(neurons(model), f"{family}: .* no field for the width of the MLP")]
+    else:
+        uneven = neurons(model)["neurons"][:-1]
+        refused += [({**neurons(model), "neurons": uneven}, "would lose 3 neurons, .* 2; each")]
+    for edit, said in refused:
+        with pytest.raises(EditError, match=said) as caught:
+            plan_of(tmp_path, base_of(model), [edit])
+        assert "or leave prune out" in str(caught.value) or "; leave prune out" in str(caught.value)
+        assert plan_of(tmp_path, base_of(model), [zeroed(edit)]).steps
+
+
+@pytest.mark.parametrize("model", DIVISOR)
+def test_a_number_of_heads_that_does_not_divide_the_width_is_refused(
+    model: str, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Four heads with a key-value head each: one less is three, which 32 is no multiple of."""
+    base = base_of(model, num_key_value_heads=4)
+    one, two = (
+        {**ONE_OF_EACH, "heads": [f"L{x}H{h}" for x in (0, 1) for h in range(n)]} for n in (1, 2)
+    )
+    with pytest.raises(EditError, match=r"3 heads cannot be left: .* which is 32; prune another"):
+        plan_of(tmp_path, base, [one])
+    assert plan_of(tmp_path, base, [two]).config["num_key_value_heads"] == 2
+
+
+@pytest.mark.parametrize(
+    ("edits", "said"),
+    [
+        ([{**A_GROUP, "factor": 0.5}], "it goes with factor 0"),
+        (
+            [A_GROUP, {**A_GROUP, "heads": ["L0H2", "L0H3", "L1H0", "L1H1"]}],
+            "both prune .*; name everything in one",
+        ),
+        ([A_GROUP, {"op": "heads", "heads": ["L0H0"]}], "both change .*; the first leaves it out"),
+    ],
+)
+def test_what_is_left_out_cannot_be_changed(
+    edits: list[dict[str, Any]], said: str, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises((EditError, RecipeError), match=said):
+        plan_of(tmp_path, base_of("qwen3"), edits, allow_overlap=True)
+    if len(edits) == 2 and "prune" not in edits[1]:
+        assert plan_of(tmp_path, base_of("qwen3"), edits[::-1], allow_overlap=True).cuts
