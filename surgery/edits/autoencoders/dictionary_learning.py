@@ -46,10 +46,11 @@ class DictionaryLearning(Format):
                 f"expected {', '.join(_ACTIVATIONS)}"
             )
         config.refuse_transcoder(config.get("buffer", "io") == "in_and_out")
-        file = self._weights(folder)
+        path = folder.path("ae.pt")
+        file = _weights(folder, path)
         layer = config.get("trainer", "layer")
         sae = Autoencoder(
-            folder.path("ae.pt"),
+            path,
             stored(file, *_names(file)),
             _ACTIVATIONS[kind],
             _hook(config),
@@ -59,15 +60,15 @@ class DictionaryLearning(Format):
         config.check_sizes(sae, ["trainer", "dict_size"], ["trainer", "activation_dim"])
         return sae
 
-    def _weights(self, folder: Folder) -> TensorFile:
-        path = folder.path("ae.pt")
-        if not folder.pickle:
-            raise EditError(
-                f"{path}: is a pickle, which can run code when it is read; say pickle: true to "
-                "read only its tensors, in a child process"
-            )
-        where = folder.stack.enter_context(tempfile.TemporaryDirectory(prefix="surgery-"))
-        return unpickled(path, Path(where))
+
+def _weights(folder: Folder, path: Path) -> TensorFile:
+    if not folder.pickle:
+        raise EditError(
+            f"{path}: is a pickle, which can run code when it is read; say pickle: true to "
+            "read only its tensors, in a child process"
+        )
+    where = folder.stack.enter_context(tempfile.TemporaryDirectory(prefix="surgery-"))
+    return unpickled(path, Path(where))
 
 
 def unpickled(path: Path, folder: Path) -> TensorFile:

@@ -19,15 +19,13 @@ class SaeLens(Format):
     files: ClassVar[tuple[str, ...]] = ("cfg.json", "sae_weights.safetensors")
 
     def read(self, folder: Folder) -> Autoencoder:
-        config, weights = (folder.path(file) for file in self.files)
-        cfg = folder.config(config.name)
-        file = folder.weights(weights.name)
+        cfg, file = folder.config(self.files[0]), folder.weights(self.files[1])
         architecture = cfg.text("architecture") or "standard"
         cfg.refuse_transcoder("transcoder" in architecture or "W_skip" in file.tensors)
         plain = cfg.text("activation_fn_str") or cfg.text("activation_fn") or "relu"
         hook = cfg.text("metadata", "hook_name") or cfg.text("hook_name") or cfg.text("hook_point")
         sae = Autoencoder(
-            weights,
+            file.path,
             stored(file, _TENSORS),
             plain if architecture == "standard" else architecture,
             hook,
