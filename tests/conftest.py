@@ -20,14 +20,14 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden")
+    parser.addoption("--update-golden", action="store_true", help="rewrite what is kept")
 
 
 @pytest.fixture
-def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """`golden(name, text)`: the text is the one kept in `tests/golden/name`."""
+def golden(request: pytest.FixtureRequest) -> Callable[[str | Path, str], None]:
+    """`golden(name, text)`: the text is the one kept in `tests/golden/name`, or at a whole path."""
 
-    def check(name: str, text: str) -> None:
+    def check(name: str | Path, text: str) -> None:
         kept = GOLDEN / name
         if request.config.getoption("--update-golden"):
             kept.write_text(text, encoding="utf-8")

@@ -83,8 +83,8 @@ def refuse_inexact(op: str, arch: Architecture, writers: Iterable[Writer]) -> No
     for writer in writers:
         if writer.norm is not None:
             raise EditError(
-                f"{op} is not exact on {arch.family}, which normalises what "
-                f"{quote(writer.tensor)} writes; say approximate: true to do it all the same"
+                f"{op} is not exact on {arch.family}, which normalises what is written by "
+                f"{quote(writer.tensor)}; say approximate: true to do it all the same"
             )
 
 

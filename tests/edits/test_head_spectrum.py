@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import FAMILIES
 from recipes import apply_edits, plan_of, stored
 
 from surgery.checkpoint import Checkpoint
@@ -21,28 +20,70 @@ def band(size: int, index: int) -> slice:
     return slice(index * size, (index + 1) * size)
 
 
-def circuits(family: str, folder: Path, layer: int, head: int) -> dict[str, Matrix]:
+OUTPUT = {
+    "bert": "bert.encoder.layer.{}.attention.output.dense",
+    "bloom": "transformer.h.{}.self_attention.dense",
+    "falcon": "transformer.h.{}.self_attention.dense",
+    "falcon-new": "transformer.h.{}.self_attention.dense",
+    "falcon-rw": "transformer.h.{}.self_attention.dense",
+    "gpt2": "transformer.h.{}.attn.c_proj",
+    "mpt": "transformer.blocks.{}.attn.out_proj",
+    "opt": "model.decoder.layers.{}.self_attn.out_proj",
+}
+FUSED = {
+    "bloom": "transformer.h.{}.self_attention.query_key_value",
+    "falcon": "transformer.h.{}.self_attention.query_key_value",
+    "falcon-new": "transformer.h.{}.self_attention.query_key_value",
+    "falcon-rw": "transformer.h.{}.self_attention.query_key_value",
+    "gpt2": "transformer.h.{}.attn.c_attn",
+    "mpt": "transformer.blocks.{}.attn.Wqkv",
+    "phi3": "model.layers.{}.self_attn.qkv_proj",
+}
+APART = {
+    "bert": ("bert.encoder.layer.{}.attention.self.", ("query", "key", "value")),
+    "opt": ("model.decoder.layers.{}.self_attn.", ("q_proj", "k_proj", "v_proj")),
+}
+SEPARATE = ("llama", "qwen3", "gemma", "gemma2", "bert", "opt")
+SIZE = {"qwen3": 16, "gemma": 16, "gemma2": 16}
+
+
+def split(model: str, fused: Matrix, head: int) -> list[Matrix]:
+    """Queries, keys and values [head_dim, width] of a head, of four, in a fused [out, width]."""
+    if model in ("bloom", "falcon-rw"):
+        return list(fused.reshape(4, 3, 8, 32)[head])
+    if model == "falcon-new":
+        group = fused.reshape(2, 4, 8, 32)[head // 2]
+        return [group[head % 2], group[2], group[3]]
+    if model in ("gpt2", "mpt"):
+        return list(fused.reshape(3, 4, 8, 32)[:, head])
+    if model == "falcon":
+        return [fused[band(8, head)], fused[32:40], fused[40:48]]
+    assert model == "phi3"
+    return [fused[band(8, head)], fused[32:48][band(8, head // 2)], fused[48:][band(8, head // 2)]]
+
+
+def circuits(model: str, folder: Path, layer: int, head: int) -> dict[str, Matrix]:
     """W_Q, W_K, W_V [width, head_dim] and W_O [head_dim, width] of a head, in row vectors."""
-    if family == "gpt2":
-        qkv = stored(folder, f"transformer.h.{layer}.attn.c_attn.weight")
-        output = stored(folder, f"transformer.h.{layer}.attn.c_proj.weight")[band(8, head)]
-        parts = [qkv[:, 32 * part :][:, band(8, head)] for part in range(3)]
-    else:
-        names = {
-            "bert": ("bert.encoder.layer.{}.attention.self.", ("query", "key", "value")),
-        }.get(family, ("model.layers.{}.self_attn.", ("q_proj", "k_proj", "v_proj")))
-        prefix = names[0].format(layer)
-        size = 16 if family == "qwen3" else 8
-        shared = 1 if family == "bert" else 2
+    size = SIZE.get(model, 8)
+    default = "model.layers.{}.self_attn.o_proj"
+    output = stored(folder, f"{OUTPUT.get(model, default).format(layer)}.weight")
+    if model in SEPARATE:
+        prefix, names = APART.get(
+            model, ("model.layers.{}.self_attn.", ("q_proj", "k_proj", "v_proj"))
+        )
+        shared = 1 if model in APART else 2
         parts = [
-            stored(folder, f"{prefix}{name}.weight")[
+            stored(folder, f"{prefix.format(layer)}{name}.weight")[
                 band(size, head if part == 0 else head // shared)
-            ].T
-            for part, name in enumerate(names[1])
+            ]
+            for part, name in enumerate(names)
         ]
-        last = prefix.replace("self.", "output.dense.") if family == "bert" else f"{prefix}o_proj."
-        output = stored(folder, f"{last}weight")[:, band(size, head)].T
-    return dict(zip("qkvo", (part.astype(float) for part in (*parts, output)), strict=True))
+    else:
+        fused = stored(folder, f"{FUSED[model].format(layer)}.weight")
+        parts = split(model, fused.T if model == "gpt2" else fused, head)
+    read = output if model == "gpt2" else output.T
+    matrices = (*(part.T for part in parts), read[band(size, head)])
+    return dict(zip("qkvo", (matrix.astype(float) for matrix in matrices), strict=True))
 
 
 def scaled(w: Matrix, components: list[int], factor: float) -> Matrix:
@@ -51,8 +92,8 @@ def scaled(w: Matrix, components: list[int], factor: float) -> Matrix:
     return np.asarray((u * s) @ vt)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("factor", [0.0, 0.5, -2.0])
+@pytest.mark.parametrize("family", sorted({*FUSED, *SEPARATE}))
+@pytest.mark.parametrize("factor", [0.0, -2.0])
 def test_components_of_what_a_head_writes_are_multiplied(
     factor: float, family: str, base_of: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -72,7 +113,7 @@ def test_components_of_what_a_head_writes_are_multiplied(
         assert np.array_equal(*others)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bert"])
+@pytest.mark.parametrize("family", ["gpt2", "bert", "bloom", "falcon-rw", "mpt", "opt"])
 def test_components_of_what_a_head_attends_by_are_multiplied(
     family: str, base_of: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -85,7 +126,17 @@ def test_components_of_what_a_head_attends_by_are_multiplied(
     assert all((before[part] == after[part]).all() for part in "kvo")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+NORM = {
+    "gpt2": "transformer.h.0.ln_1",
+    "bloom": "transformer.h.0.input_layernorm",
+    "falcon-new": "transformer.h.0.ln_attn",
+    "mpt": "transformer.blocks.0.norm_1",
+    "opt": "model.decoder.layers.0.self_attn_layer_norm",
+}
+"""A LayerNorm before attention; the others have an RMSNorm, Gemma's with weights less one."""
+
+
+@pytest.mark.parametrize("family", [*NORM, "llama", "qwen3", "gemma", "gemma2", "phi3"])
 def test_a_folded_norm_gives_the_components_of_what_is_read_after_it(
     family: str, base_of: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -93,13 +144,10 @@ def test_a_folded_norm_gives_the_components_of_what_is_read_after_it(
     edit = {"op": "head_spectrum", "heads": ["L0H1"], "components": [0], "factor": 0.0}
     output = apply_edits(tmp_path, base, [{**edit, "fold_norm": True}])
     before, after = (circuits(family, folder, 0, 1) for folder in (base, output))
-    name = (
-        "transformer.h.0.ln_1.weight"
-        if family == "gpt2"
-        else "model.layers.0.input_layernorm.weight"
-    )
-    read = stored(base, name).astype(float)[:, None] * before["v"]
-    if family == "gpt2":
+    name = NORM.get(family, "model.layers.0.input_layernorm")
+    weight = stored(base, f"{name}.weight").astype(float) + family.startswith("gemma")
+    read = weight[:, None] * before["v"]
+    if family in NORM:
         read = read - read.mean(axis=0)
     expected = scaled(read @ before["o"], [0], 0.0)
     assert np.abs(read @ after["o"] - expected).max() < 1e-6
@@ -109,6 +157,7 @@ def test_a_folded_norm_gives_the_components_of_what_is_read_after_it(
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "rotary": ("llama", {"circuit": "qk"}, "turns queries and keys by their positions"),
+    "partly rotary": ("gpt_neox", {"circuit": "qk"}, "turns queries and keys"),
     "norms": ("qwen3", {"circuit": "qk"}, "normalises its queries"),
     "folded queries": ("gpt2", {"circuit": "qk", "fold_norm": True}, "W_Q alone cannot hold"),
     "no norm": ("bert", {"fold_norm": True}, "has no norm before attention"),
