@@ -1,9 +1,13 @@
-"""Every op on every model, as data: what is proven, and what is refused and why."""
+"""Every op on every model, as data: what is proven, and what is refused and why.
+
+A new op yields cases for every entry of `MODELS`, in `CASES`; a field that makes it several goes to
+`WAYS`; `pytest tests/contracts --update-golden` then writes its rows into `docs/coverage.md`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +80,6 @@ class Case:
     hook: str = ""
     refused: str = ""
     untie: bool = False
-    config: dict[str, Any] = field(default_factory=dict)
     files: Callable[[Path, Path], None] | None = None
 
     def __str__(self) -> str:

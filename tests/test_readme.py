@@ -64,3 +64,10 @@ def test_the_recipe_of_the_readme_is_valid(tmp_path: Path) -> None:
 
     (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     assert {edit.op for edit in parse_recipe(text, "README.md", tmp_path).edits} == set(OPS)
+
+
+def test_the_families_of_the_readme_are_those_described() -> None:
+    from surgery.arch import FAMILIES
+
+    (listed,) = re.findall(r"`model_type` of their config: ([\w,\s]+)\.", README)
+    assert sorted(re.split(r",\s+", listed)) == sorted(FAMILIES)

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from inputs import random, save_adapter, write_adapter
-from models import FAMILIES
+from models import FAMILIES, MODELS
 from oracles import load_model, logits, noise
 from recipes import apply_edits, plan_of, stored
 from safetensors.numpy import load_file, save_file
 
+from surgery.checkpoint import Checkpoint
 from surgery.errors import InputError
 
 EDIT = {"op": "lora", "adapter": "adapter"}
@@ -25,6 +26,7 @@ TARGETS = {
     "qwen3": ["k_proj", "o_proj", "gate_proj"],
     "bert": ["query", "dense"],
 }
+SPARSE = ("mixtral", "qwen3_moe")
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {"r": 4, "lora_alpha": 10},
     "rank-stabilised": {"r": 3, "lora_alpha": 5, "use_rslora": True},
@@ -71,6 +73,41 @@ def test_the_merge_is_pefts(
     assert np.abs(found - expected).max() <= 20 * noise(base)
 
 
+@pytest.mark.parametrize("model", [model for model in MODELS if model not in FAMILIES])
+def test_of_every_linear_of_every_family_the_merge_is_pefts(
+    model: str, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of experts PEFT adapts the stack, which is refused; attention beside them is not."""
+    base, target = base_of(model), "all-linear" if model not in SPARSE else ["q_proj", "o_proj"]
+    expected = train(base, tmp_path / "adapter", target_modules=target, r=3, lora_alpha=6)
+    found = logits(load_model(apply_edits(tmp_path, base, [EDIT])))
+    assert np.abs(expected - logits(load_model(base))).max() > 1000 * noise(base)
+    assert np.abs(found - expected).max() <= 20 * noise(base)
+
+
+@pytest.mark.parametrize(
+    ("model", "module"),
+    [
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.2.w2"),
+        ("qwen3_moe", "model.layers.1.mlp.experts.1.gate_proj"),
+    ],
+)
+def test_an_adapter_of_one_expert_changes_that_expert(
+    model: str, module: str, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, name = base_of(model), f"{module}.weight"
+    outputs, inputs = stored(base, name).shape
+    a, b = random(2, inputs, seed=1), random(outputs, 2, seed=2)
+    path = f"base_model.model.{module}"
+    tensors = {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": [module]}
+    save_adapter(tmp_path / "adapter", tensors, config)
+    output = apply_edits(tmp_path, base, [EDIT])
+    for other in Checkpoint.open(base).tensors:
+        change = 1.5 * b.astype(float) @ a if other == name else 0
+        assert np.abs(stored(output, other) - stored(base, other) - change).max() < 1e-6
+
+
 def test_modules_held_in_full_replace_the_models_own(
     base_of: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -109,6 +146,7 @@ def test_an_adapter_of_the_base_model_alone_fits_the_model_with_its_head(
 
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "'use_dora' cannot be merged"),
+    "stacks": ({"target_parameters": ["experts.down_proj"]}, "'target_parameters' cannot be"),
     "bias of B": ({"lora_bias": True}, "'lora_bias' cannot be merged"),
     "layers twice": ({"layer_replication": [[0, 1]]}, "'layer_replication' cannot"),
     "tokens": ({"trainable_token_indices": [1]}, "'trainable_token_indices' cannot"),

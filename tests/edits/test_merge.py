@@ -78,7 +78,7 @@ METHODS: dict[str, tuple[Callable[..., Numbers], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_tensor_is_what_the_definition_says(
     method: str, family: str, base_of: Callable[..., Path], tmp_path: Path
