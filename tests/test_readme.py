@@ -62,4 +62,4 @@ def test_the_recipe_of_the_readme_is_valid(tmp_path: Path) -> None:
     from surgery.recipe import parse_recipe
 
     (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    assert len(parse_recipe(text, "README.md", tmp_path).edits) == 6
+    assert len(parse_recipe(text, "README.md", tmp_path).edits) == 9
