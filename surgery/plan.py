@@ -107,10 +107,7 @@ class Plan:
     @property
     def file_bytes(self) -> dict[str, int]:
         """Bytes of each edited weight file."""
-        return {
-            file: header.data_start + sum(info.nbytes for info in header.tensors.values())
-            for file, header in self.headers.items()
-        }
+        return {file: header.file_size for file, header in self.headers.items()}
 
     @property
     def disk_bytes(self) -> int:

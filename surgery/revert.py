@@ -77,13 +77,14 @@ def _restore(
     if side == "after":
         was, becomes = becomes, was
     with Staging(output, (checkpoint.root,)) as staging:
-        sizes = {file: checkpoint.path(file).stat().st_size for file in checkpoint.headers}
-        staging.require(sum(sizes.values()))
+        become = [_head(delta, file, old, side)[1] for file, old in checkpoint.headers.items()]
+        total = sum(header.file_size for header in become)
+        staging.require(total)
         jobs = {
             file: partial(_restore_shard, checkpoint, delta, file, staging.path / file, side)
             for file in checkpoint.headers
         }
-        for file, copied in in_parallel(jobs, sum(sizes.values()), progress).items():
+        for file, copied in in_parallel(jobs, total, progress).items():
             _check(checkpoint.root, file, copied.source, was)
             _check(output, file, copied.target, becomes)
         changed = dict(_changed_files(delta, side))
@@ -160,8 +161,8 @@ def _patches(delta: Delta, old: TensorInfo, new: TensorInfo, side: Side) -> Iter
     numbers, cut = _regions_of(delta, old.name), delta.cut(old.name)
     base = new if side == "before" else old
     _check_cut(delta, base.shape, old if side == "before" else new)
-    for rows in bands(base) if numbers or cut else ():
-        if cut or any(delta.record.regions[n].region.overlaps(rows) for n in numbers):
+    for rows in bands(base) if numbers else ():
+        if any(delta.record.regions[n].region.overlaps(rows) for n in numbers):
             given = cut.left(rows) if cut and side == "before" else rows
             begin = old.begin + (given.start[0] * row_bytes(old) if given.start else 0)
             size = given.size * numpy_dtype(old.dtype).itemsize

@@ -56,6 +56,11 @@ class Header:
     def data_start(self) -> int:
         return _PREFIX + len(self.raw)
 
+    @property
+    def file_size(self) -> int:
+        """Bytes of the file: prefix, header and data."""
+        return self.data_start + sum(info.nbytes for info in self.tensors.values())
+
 
 def read_header(descriptor: int, file: str) -> Header:
     """The header of the open file `descriptor`, which messages call `file`.

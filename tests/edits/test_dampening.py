@@ -50,7 +50,8 @@ def test_rows_and_biases_of_experts_are_scaled_and_nothing_else(
             if name.startswith(FC[model].format(layer)):
                 lines = expected.T if model == "gpt2" and expected.ndim == 2 else expected
                 lines[neuron + (48 if model == "phi3" else 0)] *= np.float32(factor)
-        np.testing.assert_array_equal(stored(output, name), expected, name)
+        expected[expected == 0] = 0  # zeros are positive ones
+        assert stored(output, name).tobytes() == expected.tobytes(), name
 
 
 @pytest.mark.parametrize(

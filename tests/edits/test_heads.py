@@ -57,9 +57,16 @@ def test_all_heads_are_the_whole_projection_once(
 
 
 @pytest.mark.parametrize("mean_first", [True, False])
+@pytest.mark.parametrize("band", [1 << 20, 300])
 def test_a_mean_reaches_the_bias_through_the_weights_earlier_edits_left(
-    mean_first: bool, base_of: Callable[..., Path], tmp_path: Path
+    mean_first: bool,
+    band: int,
+    base_of: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """However many bands the matrix has."""
+    monkeypatch.setattr("surgery.editor.SLAB_BYTES", band)
     write_means(tmp_path, base_of("gpt2"))
     mean = {"op": "heads", "heads": ["L1H2", "L1H0"], "mean": {"file": "means.safetensors"}}
     box = random(4, 32, seed=9)

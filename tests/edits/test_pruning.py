@@ -219,6 +219,7 @@ def test_the_index_the_plan_and_the_receipt_say_what_is_left(
     gone = parameters(base) - parameters(output)
     before, after = (json.loads((f / INDEX).read_text()) for f in (base, output))
     assert before["metadata"]["total_size"] - after["metadata"]["total_size"] == 4 * gone
+    assert before["metadata"]["total_parameters"] - after["metadata"]["total_parameters"] == gone
     assert before["weight_map"] == after["weight_map"]
     name = "model.layers.0.self_attn.k_proj.weight"
     assert f"{name} becomes 16×32 instead of 32×32" in plan_text(plan)
@@ -234,9 +235,40 @@ def test_the_index_the_plan_and_the_receipt_say_what_is_left(
     assert (stored(output, q) == stored(base, q)[:32]).all()
 
 
-def test_verify_finds_a_changed_weight_of_a_pruned_tensor(
+def test_a_config_that_left_the_size_of_a_head_out_says_it_now(
     base_of: Callable[..., Path], tmp_path: Path
 ) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(base_of("llama"), base)
+    config = config_of(base)
+    assert config.pop("head_dim") == 8
+    (base / "config.json").write_text(json.dumps(config))
+    output = apply_edits(tmp_path, base, [A_GROUP])
+    assert config_of(output)["head_dim"] == 8
+    assert logits(load_model(output)).std() > 0
+
+
+def test_what_is_stored_in_bytes_only_cannot_be_pruned(
+    base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base_of("qwen3"), tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / SINGLE)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "base" / SINGLE, {"format": "pt"})
+    assert plan_of(tmp_path, tmp_path / "base", [zeroed(A_GROUP)]).steps
+    with pytest.raises(EditError, match=rf"'{name}' is stored as F8_E4M3, which cannot be edited"):
+        plan_of(tmp_path, tmp_path / "base", [A_GROUP])
+
+
+def test_verify_finds_a_changed_weight_of_a_pruned_tensor(
+    base_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is named by where it lies now, whatever the bands."""
+    monkeypatch.setattr("surgery.editor.SLAB_BYTES", 700)
     base = base_of("qwen3")
     output = apply_edits(tmp_path, base, [A_GROUP])
     info = Checkpoint.open(output).info("model.layers.0.self_attn.k_proj.weight")
@@ -272,6 +304,9 @@ def test_what_no_config_can_say_is_refused_with_a_way_out(
     else:
         uneven = neurons(model)["neurons"][:-1]
         refused += [({**neurons(model), "neurons": uneven}, "would lose 3 neurons, .* 2; each")]
+    if model == "llama":
+        every = [f"L{layer}N{n}" for layer in (0, 1) for n in range(48)]
+        refused += [({**neurons(model), "neurons": every}, "would lose 48 .*, and not all")]
     for edit, said in refused:
         with pytest.raises(EditError, match=said) as caught:
             plan_of(tmp_path, base_of(model), [edit])
