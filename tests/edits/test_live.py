@@ -12,7 +12,8 @@ from oracles import load_model
 
 from surgery.arch import identify
 from surgery.checkpoint import Checkpoint
-from surgery.edits.live import expert_written, swapped
+from surgery.edits.experts import written
+from surgery.edits.live import swapped
 
 EXPERTS = "model.layers.1.block_sparse_moe.experts"
 
@@ -54,8 +55,5 @@ def test_what_experts_write_sums_to_what_they_give(base_of: Callable[..., Path])
     x, weight = torch.randn(5, 32), torch.rand(5, 2)
     index = torch.stack([torch.randperm(3)[:2] for _ in range(5)])
     with torch.no_grad():
-        parts = [
-            expert_written(experts, (x, index, weight), expert, torch.ones(48))
-            for expert in range(3)
-        ]
+        parts = [written(experts, (x, index, weight), expert, slice(None)) for expert in range(3)]
         assert torch.allclose(sum(parts), experts(x, index, weight), atol=1e-5)
