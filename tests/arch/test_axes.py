@@ -89,6 +89,17 @@ def test_queries_keys_and_values_are_told_apart(live: Live, head: int) -> None:
     assert moved == {"q": {where}, "k": seeing, "v": seeing}
 
 
+def test_norms_of_queries_and_of_keys_are_told_apart(live: Live) -> None:
+    assert live.arch.qk_norm is (live.name in ("qwen3", "qwen3_moe", "gemma3_text"))
+    for part in "qk" if live.arch.qk_norm else "":
+        places = [(f"{part}_norm", 0), (f"{part}_proj", 0)]
+        with taken(live.arch, live.model, places) as kept:
+            run(live.model)
+        given, made = kept[places[0]][0], kept[places[1]][1]
+        by_head = made.unflatten(-1, (-1, live.dim))
+        assert any(torch.equal(given, heads) for heads in (by_head, by_head.transpose(1, 2)))
+
+
 @contextmanager
 def changed_at(live: Live, part: str, head: int, position: int) -> Iterator[None]:
     """Other numbers for a part of a head at one position, where its projection puts them out."""
