@@ -134,7 +134,7 @@ class Architecture:
         index = range(neuron.neuron, neuron.neuron + 1)
         return self._region(role, self.input_axis(role.role), index)
 
-    def neuron_regions(self, neuron: Neuron) -> dict[str, tuple[Band, ...]]:
+    def gate_up_regions(self, neuron: Neuron) -> dict[str, tuple[Band, ...]]:
         """Where a neuron is computed: its row of the weight, and its bias where stored, of `up`
         and, in a gated MLP, of `gate`. Raises `EditError` for a neuron this model does not have.
         """

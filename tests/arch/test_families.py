@@ -144,7 +144,7 @@ def test_an_address_without_a_neuron_says_which_there_are(
     neuron: Neuron, said: str, base_of: Callable[..., Path]
 ) -> None:
     arch = opened(base_of("qwen3_moe"))
-    for regions in (arch.neuron_region, arch.neuron_regions):
+    for regions in (arch.neuron_region, arch.gate_up_regions):
         with pytest.raises(EditError, match=said):
             regions(neuron)
 

@@ -179,7 +179,7 @@ def test_whether_attention_and_mlp_read_the_same_stream(live: Live) -> None:
         if layer not in dense_layers(live)
         else next(
             live.arch.roles[bands[0].region.tensor].role
-            for bands in live.arch.neuron_regions(Neuron(layer, 0)).values()
+            for bands in live.arch.gate_up_regions(Neuron(layer, 0)).values()
         )
     )
     same = torch.equal(
