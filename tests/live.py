@@ -59,12 +59,9 @@ def taken(
 
     def keep(place: tuple[str, int | None]) -> Callable[..., None]:
         def hook(module: Any, inputs: Any, output: Any) -> None:
-            given, made = inputs[0], output[0] if isinstance(output, tuple) else output
-            rows = IDS.shape
-            kept[place] = tuple(  # type: ignore[assignment]
-                x.detach().clone().reshape(*rows, -1) if x.shape[0] == IDS.numel() else x.detach()
-                for x in (given, made)
-            )
+            made = output[0] if isinstance(output, tuple) else output
+            # Copies: some models add to what a module put out, in place.
+            kept[place] = (_by_position(inputs[0]).clone(), _by_position(made).clone())
 
         return hook
 
@@ -73,6 +70,11 @@ def taken(
             module = arch.module(model, role, layer)
             stack.enter_context(module.register_forward_hook(keep((role, layer))))
         yield kept
+
+
+def _by_position(x: Tensor) -> Tensor:
+    """`x` [batch, length, …], as modules that flatten the batch do not have it."""
+    return x.detach().reshape(*IDS.shape, -1) if x.shape[0] == IDS.numel() else x.detach()
 
 
 def inputs_of(live: Live, model: Any, role: str, layer: int, padded: bool = False) -> Tensor:
@@ -96,6 +98,15 @@ def whole_of(live: Live, tensor: str) -> Region:
 
 def band_of(live: Live, tensor: str, axis: int, index: int) -> Region:
     return Region.band(tensor, whole_of(live, tensor).stop, axis, index, index + 1)
+
+
+def block_input(live: Live, layer: int) -> Tensor:
+    """The residual stream before block `layer`, in a run on `IDS`."""
+    kept: list[Tensor] = []
+    block = live.arch.block(live.model, layer)
+    with block.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0])):
+        run(live.model)
+    return kept[0].detach()
 
 
 def block_output(live: Live, model: Any, layer: int) -> Tensor:

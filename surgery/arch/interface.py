@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.addresses import Head, Neuron, Region
+from surgery.arch.bounds import check_head, check_neuron
 from surgery.arch.facts import FamilyFacts, ModuleFact
 from surgery.arch.heads import PARTS, head_rows, kv_group, part_start
 from surgery.arch.naming import Naming
 from surgery.arch.roles import Band, BiasSlot, Reader, Role, Writer
 from surgery.arch.settings import Settings
 from surgery.arch.sizes import evaluate
-from surgery.errors import EditError
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Architecture:
 
         Raises `EditError` for a head this model does not have.
         """
-        self._check_head(head)
+        check_head(head, self.family, self.sizes)
         dim = self.sizes["head_dim"]
         columns = range(head.head * dim, (head.head + 1) * dim)
         return self._region(
@@ -128,7 +128,7 @@ class Architecture:
         Under grouped-query attention other heads read the same keys and values. Raises
         `EditError` for a head this model does not have.
         """
-        self._check_head(head)
+        check_head(head, self.family, self.sizes)
         regions = {}
         for part in PARTS:
             role = self._holder(part)
@@ -138,16 +138,16 @@ class Architecture:
 
     def neuron_region(self, neuron: Neuron) -> Region:
         """The part of `down_proj` that reads one MLP neuron; raises `EditError` if it has none."""
-        self._check_neuron(neuron)
+        check_neuron(neuron, self.family, self.sizes, self.sparse)
         role = Role(_in_expert("down_proj", neuron), neuron.layer, "weight", neuron.expert)
         index = range(neuron.neuron, neuron.neuron + 1)
         return self._region(role, self.input_axis(role.role), index)
 
-    def neuron_regions(self, neuron: Neuron) -> dict[str, tuple[Band, ...]]:
+    def gate_up_regions(self, neuron: Neuron) -> dict[str, tuple[Band, ...]]:
         """Where a neuron is computed: its row of the weight, and its bias where stored, of `up`
         and, in a gated MLP, of `gate`. Raises `EditError` for a neuron this model does not have.
         """
-        self._check_neuron(neuron)
+        check_neuron(neuron, self.family, self.sizes, self.sparse)
         regions = {}
         for part in ("gate", "up"):
             role = self._holder(part, _in_expert("", neuron))
@@ -239,11 +239,11 @@ class Architecture:
 
     def _outputs(self, role: str, layer: int, expert: int | None, rows: range) -> tuple[Band, ...]:
         axes = {"weight": 1 - self.input_axis(role), "bias": 0}
-        roles = {kind: Role(role, layer, kind, expert) for kind in axes}
+        places = {kind: Role(role, layer, kind, expert) for kind in axes}
         return tuple(
-            Band(self._region(roles[kind], axis, rows), axis)
-            for kind, axis in axes.items()
-            if self._name(roles[kind]) in self.roles
+            Band(self._region(place, axes[kind], rows), axes[kind])
+            for kind, place in places.items()
+            if self._name(place) in self.roles
         )
 
     def _region(self, role: Role, axis: int, rows: range) -> Region:
@@ -251,43 +251,7 @@ class Architecture:
         return Region.band(self._name(role), shape, axis, rows.start, rows.stop)
 
     def _name(self, role: Role) -> str:
-        module = self.facts.modules[role.role]
-        return self.naming.tensor(module, role.layer, role.kind, role.expert)
-
-    def _check_head(self, head: Head) -> None:
-        self._check_layer(str(head), head.layer)
-        self._check(str(head), "head", head.head, self.sizes["heads"])
-
-    def _check_neuron(self, neuron: Neuron) -> None:
-        self._check_layer(str(neuron), neuron.layer)
-        if neuron.layer in self.sparse and neuron.expert is None:
-            raise EditError(
-                f"{neuron}: layer {neuron.layer} of this {self.family} model has experts; "
-                f"expected an address like L{neuron.layer}E0N{neuron.neuron}"
-            )
-        if neuron.layer not in self.sparse and neuron.expert is not None:
-            raise EditError(
-                f"{neuron}: layer {neuron.layer} of this {self.family} model has no experts; "
-                f"expected an address like L{neuron.layer}N{neuron.neuron}"
-            )
-        if neuron.expert is not None:
-            self._check(str(neuron), "expert", neuron.expert, self.sizes["experts"])
-        width = "mlp_width" if neuron.expert is None else "expert_width"
-        self._check(str(neuron), "neuron", neuron.neuron, self.sizes[width])
-
-    def _check_layer(self, address: str, layer: int) -> None:
-        if layer >= self.layers:
-            raise EditError(
-                f"{address}: layer {layer} is out of range; this {self.family} model has layers "
-                f"0 to {self.layers - 1}"
-            )
-
-    def _check(self, address: str, noun: str, index: int, count: int) -> None:
-        if index >= count:
-            raise EditError(
-                f"{address}: {noun} {index} is out of range; this {self.family} model has {noun}s "
-                f"0 to {count - 1} in each layer"
-            )
+        return self.name(role.role, role.layer, role.kind, role.expert)
 
 
 def layers_of(module: ModuleFact, layers: int, sparse: frozenset[int]) -> tuple[int, ...]:

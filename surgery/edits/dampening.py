@@ -77,7 +77,7 @@ def dampened(
     on: Part | None,
 ) -> DampenedNeurons:
     """The edit that scales `experts`, given with their AUROC; `factor` is the α of damp."""
-    parts = {part for neuron in experts for part in arch.neuron_regions(neuron)}
+    parts = {part for neuron in experts for part in arch.gate_up_regions(neuron)}
     if "gate" in parts and on is None:
         raise EditError(
             f"{arch.family} has a gated MLP, in which a neuron has two outputs before the product: "
@@ -102,7 +102,7 @@ class DampenedNeurons(Edit):
         """By tensor: the axis its outputs lie along, and the factor of each that is scaled."""
         lines: dict[str, tuple[int, dict[int, float]]] = {}
         for neuron, factor in self.neurons.items():
-            for band in arch.neuron_regions(neuron)[self.part]:
+            for band in arch.gate_up_regions(neuron)[self.part]:
                 _, factors = lines.setdefault(band.region.tensor, (band.axis, {}))
                 factors[band.region.start[band.axis]] = factor
         return lines
@@ -146,7 +146,7 @@ class DampenedNeurons(Edit):
         """Scales the neurons `own` of one layer and, where it has experts, of one of them."""
         first = next(iter(own))
         indices, factors = [neuron.neuron for neuron in own], list(own.values())
-        [band, *_] = arch.neuron_regions(first)[self.part]
+        [band, *_] = arch.gate_up_regions(first)[self.part]
         role = arch.roles[band.region.tensor].role
 
         def scale_outputs(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:

@@ -101,7 +101,7 @@ class NeuronPruning(Pruning):
         for neuron in self.neurons:
             region = arch.neuron_region(neuron)
             yield Band(region, arch.input_axis(arch.roles[region.tensor].role))
-            for bands in arch.neuron_regions(neuron).values():
+            for bands in arch.gate_up_regions(neuron).values():
                 yield from bands
 
     def config(self, arch: Architecture) -> dict[str, int]:

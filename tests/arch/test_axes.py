@@ -89,6 +89,17 @@ def test_queries_keys_and_values_are_told_apart(live: Live, head: int) -> None:
     assert moved == {"q": {where}, "k": seeing, "v": seeing}
 
 
+def test_norms_of_queries_and_of_keys_are_told_apart(live: Live) -> None:
+    assert live.arch.qk_norm is (live.name in ("qwen3", "qwen3_moe", "gemma3_text"))
+    for part in "qk" if live.arch.qk_norm else "":
+        places = [(f"{part}_norm", 0), (f"{part}_proj", 0)]
+        with taken(live.arch, live.model, places) as kept:
+            run(live.model)
+        given, made = kept[places[0]][0], kept[places[1]][1]
+        by_head = made.unflatten(-1, (-1, live.dim))
+        assert any(torch.equal(given, heads) for heads in (by_head, by_head.transpose(1, 2)))
+
+
 @contextmanager
 def changed_at(live: Live, part: str, head: int, position: int) -> Iterator[None]:
     """Other numbers for a part of a head at one position, where its projection puts them out."""
@@ -114,7 +125,7 @@ def test_a_neuron_is_computed_by_its_rows_and_the_activation(live: Live) -> None
 
     for layer in dense_layers(live):
         for neuron in (0, 5, live.arch.sizes["mlp_width"] - 1):
-            regions = live.arch.neuron_regions(Neuron(layer, neuron))
+            regions = live.arch.gate_up_regions(Neuron(layer, neuron))
             outputs = {}
             for part, (weight, *_) in regions.items():
                 role = live.arch.roles[weight.region.tensor].role
@@ -131,7 +142,7 @@ def test_zeroed_rows_of_a_neuron_leave_the_others(live: Live) -> None:
     """The rows of the file, weight and bias: the neuron is act(0) = 0, each other as it was."""
     for layer in dense_layers(live):
         before = inputs_of(live, live.model, "down_proj", layer)
-        for bands in live.arch.neuron_regions(Neuron(layer, 5)).values():
+        for bands in live.arch.gate_up_regions(Neuron(layer, 5)).values():
             edited = live.scaled([band.region for band in bands])
             after = inputs_of(live, edited, "down_proj", layer)
             assert (after[..., 5] == 0).all()
@@ -173,12 +184,12 @@ def test_an_experts_neuron_is_one_of_the_experts_transformers_runs(
         experts.down_proj.copy_(kept)
     assert abs(expected - before).max() > 20 * limit
     regions = [live.arch.neuron_region(neuron)]
-    regions += [band.region for part in live.arch.neuron_regions(neuron).values() for band in part]
+    regions += [band.region for part in live.arch.gate_up_regions(neuron).values() for band in part]
     assert len(regions) == 3
     for region in regions:
         assert abs(logits(live.scaled([region])) - expected).max() <= limit
     with torch.no_grad():  # the linear half of a gated neuron, by the order of chunk(2)
         experts.gate_up_proj[expert].chunk(2)[1][7] *= -3
         expected = logits(live.model)
-    [up] = live.arch.neuron_regions(neuron)["up"]
+    [up] = live.arch.gate_up_regions(neuron)["up"]
     assert abs(logits(live.scaled([up.region], -3.0)) - expected).max() <= limit

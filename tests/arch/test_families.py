@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,13 @@ def test_defaults_are_those_of_the_config_class(family: str) -> None:
         for name in key.split("."):
             found = found[name]
         assert (found or None) == (value or None), key
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2", "qwen3"])
+def test_a_null_number_of_key_value_heads_means_one_for_each_head(family: str) -> None:
+    fields = {"num_key_value_heads": None, "num_attention_heads": 16}
+    expected = config_class(family)(**fields).num_key_value_heads
+    assert read_sizes(facts_of(family), fields)["kv_heads"] == expected == 16
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -135,7 +144,7 @@ def test_an_address_without_a_neuron_says_which_there_are(
     neuron: Neuron, said: str, base_of: Callable[..., Path]
 ) -> None:
     arch = opened(base_of("qwen3_moe"))
-    for regions in (arch.neuron_region, arch.neuron_regions):
+    for regions in (arch.neuron_region, arch.gate_up_regions):
         with pytest.raises(EditError, match=said):
             regions(neuron)
 
@@ -147,6 +156,28 @@ def test_what_an_activation_is_called_and_what_it_is(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace('"gelu_pytorch_tanh"', '"gelu"'))
     assert opened(path).activation == "gelu_pytorch_tanh"
     assert load_model(path).config.hidden_act == "gelu_pytorch_tanh"
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "turned"),
+    [
+        ("gpt_neox", {"rope_parameters": None}, 2),
+        ("gpt_neox", {"rope_parameters": None, "rotary_pct": 0.5}, 4),
+        ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.5}}, 4),
+        ("phi3", {"rope_parameters": None}, 8),
+        ("phi3", {"rope_parameters": None, "partial_rotary_factor": 0.5}, 4),
+        ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_type": "default"}}, 4),
+    ],
+)
+def test_old_and_new_configs_say_how_much_of_a_head_is_rotated(
+    name: str, config: dict[str, Any], turned: int, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(base_of(name), tmp_path / "m")
+    path = folder / "config.json"
+    fields = json.loads(path.read_text()) | config
+    path.write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
+    frequencies = load_model(folder).base_model.rotary_emb.inv_freq
+    assert opened(folder).rotary_dim == 2 * len(frequencies) == turned
 
 
 def test_sizes_are_sums_of_products() -> None:

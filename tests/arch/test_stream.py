@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import pytest
 import torch
 from live import (
     IDS,
@@ -12,6 +14,7 @@ from live import (
     WIDTH,
     Live,
     band_of,
+    block_input,
     block_output,
     dense_layers,
     inputs_of,
@@ -20,9 +23,13 @@ from live import (
     taken,
     whole_of,
 )
+from models import MODELS
 from oracles import NOISE_FACTOR, logits, noise
 
 from surgery.addresses import Neuron
+
+ENCODERS = ("bert", "roberta", "distilbert")
+DECODERS = tuple(name for name in MODELS if name not in ENCODERS)
 
 
 def test_without_writers_nothing_of_the_input_is_in_the_stream(live: Live) -> None:
@@ -58,19 +65,75 @@ def test_writers_and_readers_have_the_stream_along_their_axis(live: Live) -> Non
 
     readers = list(live.arch.readers(range(LAYERS), True))
     edited = live.scaled([band_of(live, r.tensor, r.axis, coordinate) for r in readers])
-
-    def move(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        moved = inputs[0].clone()
-        moved[..., coordinate] += 2
-        return (moved, *inputs[1:])
-
-    roles = {(live.arch.roles[r.tensor].role, live.arch.roles[r.tensor].layer) for r in readers}
-    modules = [live.arch.module(edited, role, layer) for role, layer in roles]
     before = logits(edited)
-    with ExitStack() as stack:
-        for module in {id(module): module for module in modules}.values():
-            stack.enter_context(module.register_forward_pre_hook(move))
+    with moved(live, edited, coordinate):
         assert abs(logits(edited) - before).max() <= NOISE_FACTOR * noise(live.base)
+    before = logits(live.model)
+    with moved(live, live.model, coordinate):
+        assert abs(logits(live.model) - before).max() > 1e-3
+
+
+@contextmanager
+def moved(live: Live, model: Any, coordinate: int) -> Iterator[None]:
+    """One coordinate moved in what norms give to matrices; in what matrices take, without one."""
+
+    def after(module: Any, inputs: Any, output: Any) -> Any:
+        return output + 2 * unit
+
+    def before(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[0] + 2 * unit, *inputs[1:])
+
+    unit = torch.nn.functional.one_hot(torch.tensor(coordinate), WIDTH)
+    places = set()
+    for reader in live.arch.readers(range(LAYERS), True):
+        role = live.arch.roles[reader.tensor]
+        norm = live.arch.facts.modules[reader.norm] if reader.norm else None
+        layer = role.layer if norm is None or norm.per_layer else None
+        places.add((reader.norm or role.role, layer, norm is not None))
+    with ExitStack() as stack:
+        for name, layer, is_norm in places:
+            module = live.arch.module(model, name, layer)
+            register = module.register_forward_hook if is_norm else module.register_forward_pre_hook
+            stack.enter_context(register(after if is_norm else before))
+        yield
+
+
+@pytest.mark.parametrize("live", DECODERS, indirect=True)
+def test_a_block_adds_what_its_matrices_write(live: Live) -> None:
+    """Each through its norm, where it has one."""
+    for layer in range(LAYERS):
+        places = [place for place in live_writers(live) if place[1] == layer]
+        norms = [(live.arch.facts.modules[role].norm or role, layer) for role, _ in places]
+        with taken(live.arch, live.model, norms) as kept:
+            run(live.model)
+        before, after = block_input(live, layer), block_output(live, live.model, layer)
+        written = sum(output for _, output in kept.values())
+        assert torch.allclose(after - before, written, atol=1e-5)
+
+
+@pytest.mark.parametrize("live", ENCODERS, indirect=True)
+def test_an_encoder_normalises_the_stream_with_what_is_written(live: Live) -> None:
+    for layer in range(LAYERS):
+        stream = block_input(live, layer)
+        for place in [place for place in live_writers(live) if place[1] == layer]:
+            norm = (live.arch.facts.modules[place[0]].norm or "", layer)
+            with taken(live.arch, live.model, [place, norm]) as kept:
+                run(live.model)
+            assert torch.allclose(kept[norm][0], stream + kept[place][1], atol=1e-6)
+            stream = kept[norm][1]
+        assert torch.equal(block_output(live, live.model, layer), stream)
+
+
+def test_the_first_block_reads_the_sum_of_the_embeddings(live: Live) -> None:
+    places = [place for place in live_writers(live) if place[1] is None]
+    norms = {live.arch.facts.modules[role].norm for role, _ in places} - {None}
+    with taken(live.arch, live.model, [*places, *((norm, None) for norm in norms if norm)]) as kept:
+        run(live.model)
+    total = torch.as_tensor(sum(kept[place][1] for place in places))
+    for norm in norms:
+        assert torch.allclose(kept[norm, None][0], total, atol=1e-6)
+        total = kept[norm, None][1]
+    assert torch.allclose(block_input(live, 0), total, atol=1e-6)
 
 
 def test_norms_lie_between_the_stream_and_the_matrices_that_name_them(live: Live) -> None:
@@ -91,6 +154,23 @@ def test_norms_lie_between_the_stream_and_the_matrices_that_name_them(live: Live
             assert torch.equal(kept[norm][0], written), matrix
 
 
+def test_matrices_that_name_no_norm_read_the_stream_itself(live: Live) -> None:
+    arch, model = live.arch, live.model
+    for reader in arch.readers(range(LAYERS), True):
+        role = arch.roles[reader.tensor]
+        if reader.norm is not None:
+            continue
+        with taken(arch, model, [(role.role, role.layer)]) as kept:
+            run(model)
+        streams = [block_output(live, model, LAYERS - 1)]
+        if role.layer is not None:
+            with taken(arch, model, [("attention_norm", role.layer)]) as middle:
+                run(model)
+            streams = [block_input(live, role.layer), middle["attention_norm", role.layer][1]]
+        read = kept[role.role, role.layer][0]
+        assert any(torch.equal(read, stream) for stream in streams), reader
+
+
 def test_whether_attention_and_mlp_read_the_same_stream(live: Live) -> None:
     [layer, *_] = dense_layers(live) or [0]
     edited = live.scaled([whole_of(live, live.arch.name("o_proj", layer))])
@@ -99,7 +179,7 @@ def test_whether_attention_and_mlp_read_the_same_stream(live: Live) -> None:
         if layer not in dense_layers(live)
         else next(
             live.arch.roles[bands[0].region.tensor].role
-            for bands in live.arch.neuron_regions(Neuron(layer, 0)).values()
+            for bands in live.arch.gate_up_regions(Neuron(layer, 0)).values()
         )
     )
     same = torch.equal(
