@@ -199,11 +199,6 @@ class FamilyFacts(_Facts):
     aliases: dict[str, str] = {}
     steer: dict[str, SteerFact] = {}
 
-    @property
-    def post_norm(self) -> bool:
-        """Whether what blocks write is normalised, by itself or with the stream."""
-        return self.norms != "pre"
-
 
 class VariantFact(_Facts):
     """For configs that match `when`, `patch` is merged into the family's document (RFC 7386: null
