@@ -96,7 +96,7 @@ def apply_plan(
     progress: Progress | None = None,
 ) -> Applied:
     """Writes the edited checkpoint of `plan` to folder `output`, as `apply` does."""
-    if delta is not None and _same_edit(plan, output) and resume(delta, output):
+    if delta is not None and _same_edit(plan, output) and resume(delta, output, plan.base):
         receipt = open_receipt(output / RECEIPT, EDIT_PREDICATE)
         return Applied(output, plan.edited, receipt, ("ended a run that was stopped",))
     trusted = trusted_digests(plan.base) if trust_receipt else {}
@@ -132,8 +132,8 @@ def apply_plan(
 def _link_notes(linked: list[str], asked: bool) -> Iterator[str]:
     if linked:
         yield (
-            f"{len(linked)} shards are hard links to the base's: a change of one is a change of "
-            "both, and ONNX tools refuse hard links as external data, the base's included"
+            f"shards that are hard links to the base's: {len(linked)}; a change of one is a change "
+            "of both, and ONNX tools refuse hard links as external data, the base's included"
         )
     elif asked:
         yield "nothing was linked: every shard has an edit"

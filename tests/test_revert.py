@@ -181,3 +181,24 @@ def test_what_is_not_low_rank_has_no_factors(base_of: Callable[..., Path], tmp_p
     scaled = [n for n, r in enumerate(delta.record.regions) if "o_proj" in r.tensor]
     assert len(scaled) == 4
     assert [delta.factors(n) for n in scaled] == [None] * 4
+
+
+def test_a_stopped_run_is_ended_on_its_own_base_and_no_other(
+    base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The output has its name, the delta waits for its own: the same command names it."""
+    base, other = tmp_path / "base", tmp_path / "other"
+    shutil.copytree(base_of("llama"), base)
+    edited, delta = edit(tmp_path, base, [HEADS])
+    whole = delta.read_bytes()
+    waiting = delta.rename(delta.with_name(f".{delta.name}.staging"))
+    shutil.copytree(base, other)
+    raw = bytearray((other / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (other / "model.safetensors").write_bytes(raw)
+    recipe = tmp_path / "recipe.json"
+    with pytest.raises(OutputError, match="not empty"):
+        api.apply(recipe, other, edited, delta=delta)
+    assert waiting.read_bytes() == whole and not delta.exists()
+    api.apply(recipe, base, edited, delta=delta)
+    assert delta.read_bytes() == whole and not waiting.exists()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from surgery.addresses import Region
 from surgery.checkpoint.dtypes import BITS, numpy_dtype
 from surgery.checkpoint.files import open_regular, read_exactly, sha256_file
-from surgery.checkpoint.folder import RECEIPT
+from surgery.checkpoint.folder import CONFIG, RECEIPT, Checkpoint
 from surgery.checkpoint.header import Header, encode_header, read_header
 from surgery.checkpoint.layout import Cut, NewTensor
 from surgery.checkpoint.sink import write_at
@@ -114,11 +113,14 @@ class DeltaWriter:
         self._path, self._staged = path, _staged(path)
         self._entries: dict[str, Any] = {}
         self._regions = regions
+        self._numbers: dict[str, list[int]] = {}
+        for number, (region, _) in enumerate(regions):
+            self._numbers.setdefault(region.tensor, []).append(number)
         self._size = 0
         # With a second region in its tensor, one region's factors would not be its whole change.
-        alone = Counter(region.tensor for region, _ in regions)
         self._factors = {
-            region: _Factors(region, alone[region.tensor] == 1) for region, _ in regions
+            region: _Factors(region, alone=len(self._numbers[region.tensor]) == 1)
+            for region, _ in regions
         }
         for number, (region, dtype) in enumerate(regions):
             for side in ("before", "after"):
@@ -145,7 +147,8 @@ class DeltaWriter:
 
     def add(self, rows: Region, old: NDArray[Any], new: NDArray[Any]) -> None:
         """Keeps what the regions have of a band `rows`; safe from several threads."""
-        for number, (region, _) in enumerate(self._regions):
+        for number in self._numbers.get(rows.tensor, ()):
+            region, _ = self._regions[number]
             if region.overlaps(rows):
                 part = region.intersection(rows)
                 for side, values in (("before", old), ("after", new)):
@@ -221,10 +224,10 @@ class DeltaWriter:
         write_at(self._file, self._data_start, data)
 
 
-def resume(path: Path, edited: Path) -> bool:
+def resume(path: Path, edited: Path, base: Checkpoint) -> bool:
     """Ends a run that was stopped when its output `edited` had its name and its delta had not.
 
-    True if there was such a run: the delta of the receipt in `edited` is at `path` now.
+    True if there was such a run on `base`: the delta of the receipt in `edited` is at `path` now.
     """
     staged, receipt = _staged(path), edited / RECEIPT
     if path.exists() or not staged.exists() or not receipt.is_file():
@@ -234,7 +237,9 @@ def resume(path: Path, edited: Path) -> bool:
             record = Delta.open(staged).record
         except CheckpointError:
             return False
-        if record.edited.get(RECEIPT) != sha256_file(receipt):
+        expected = [(receipt, record.edited.get(RECEIPT))]
+        expected += [(base.path(f), record.base.get(f)) for f in (CONFIG, *base.weight_files)]
+        if any(sha256_file(file) != digest for file, digest in expected):
             return False
         staged.rename(path)
         sync(path.absolute().parent)

@@ -73,22 +73,23 @@ class InputShift:
     def prepare(self, arch: Architecture, reader: Reader) -> dict[str, Vectors]:
         """What each bias gains, W·shift float64 [out], from W as earlier edits left it."""
         return {
-            slot.tensor: self._through(arch, layer, reader)
+            slot.tensor: through(arch, self.role, layer, self.shifts[layer], reader)
             for layer, slot in self.slots(arch).items()
         }
 
-    def _through(self, arch: Architecture, layer: int, reader: Reader) -> Vectors:
-        # Inputs that stay are left out: 0 times a NaN of theirs would not be nothing.
-        shift = self.shifts[layer]
-        moved = np.flatnonzero(shift)
-        rows = reader.rows(arch.name(self.role, layer))
-        if arch.input_axis(self.role) == 1:
-            return np.concatenate([slab[:, moved] @ shift[moved] for _, slab in rows])
-        total = np.zeros(arch.shape(self.role)[1])
-        for band, slab in rows:
-            own = np.flatnonzero(shift[band])
-            total += shift[band][own] @ slab[own]
-        return total
+
+def through(arch: Architecture, role: str, layer: int, shift: Vectors, reader: Reader) -> Vectors:
+    """W·shift, float64 [out], for projection `role` as earlier edits left it; shift is [in]."""
+    # Inputs that stay are left out: 0 times a NaN of theirs would not be nothing.
+    moved = np.flatnonzero(shift)
+    rows = reader.rows(arch.name(role, layer))
+    if arch.input_axis(role) == 1:
+        return np.concatenate([slab[:, moved] @ shift[moved] for _, slab in rows])
+    total = np.zeros(arch.shape(role)[1])
+    for band, slab in rows:
+        own = np.flatnonzero(shift[band])
+        total += shift[band][own] @ slab[own]
+    return total
 
 
 def flagged(arch: Architecture, slots: Iterable[BiasSlot]) -> Layout:

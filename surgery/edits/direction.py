@@ -151,10 +151,8 @@ class NormKeepingDirection(Direction):
 
     @contextmanager
     def hook(self, model: Any, arch: Architecture, state: Any) -> Iterator[None]:
-        roles = [arch.roles[writer.tensor] for writer in self.writers(arch)]
         with ExitStack() as stack:
-            for role, layer in {(role.role, role.layer) for role in roles}:
-                module = arch.module(model, role, layer)
+            for role, module in self.modules(model, arch):
                 fact = arch.facts.modules[role]
                 if fact.type == "embedding":
                     stack.enter_context(module.register_forward_hook(self._turn_rows))

@@ -120,12 +120,16 @@ class OutputProjection(Edit):
 
     @contextmanager
     def hook(self, model: Any, arch: Architecture, state: Any) -> Iterator[None]:
-        roles = [arch.roles[writer.tensor] for writer in self.writers(arch)]
         with ExitStack() as stack:
-            for role, layer in {(role.role, role.layer) for role in roles}:
-                module = arch.module(model, role, layer)
+            for _, module in self.modules(model, arch):
                 stack.enter_context(module.register_forward_hook(self._project_output))
             yield
+
+    def modules(self, model: Any, arch: Architecture) -> Iterator[tuple[str, Any]]:
+        """Every live module that writes what is edited, once, with its role."""
+        roles = [arch.roles[writer.tensor] for writer in self.writers(arch)]
+        for role, layer in {(role.role, role.layer) for role in roles}:
+            yield role, arch.module(model, role, layer)
 
     def _project_output(self, module: Any, inputs: Any, output: Any) -> Any:
         return project_torch(output, self.q, self.strength)

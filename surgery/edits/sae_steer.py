@@ -7,13 +7,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
 from surgery.addresses import Region
 from surgery.arch import Architecture, BiasSlot
 from surgery.checkpoint import TensorInfo
 from surgery.edits.autoencoders.hooks import Point
-from surgery.edits.interface import Addition, Array, Edit, Layout, Reader, Target
+from surgery.edits.biases import add, flagged, through
+from surgery.edits.interface import Array, Edit, Layout, Reader, Target
 from surgery.edits.projection import Vectors, like
 from surgery.errors import EditError
 
@@ -34,14 +33,7 @@ class SteerBias(Edit):
     through: str | None
 
     def layout(self, arch: Architecture) -> Layout:
-        key = self.slot.config_key
-        if key is None:
-            return Layout()
-        added = tuple(
-            Addition(name, shape, name.removesuffix("bias") + "weight")
-            for name, shape in arch.flagged_biases(key)
-        )
-        return Layout(added, {key: True})
+        return flagged(arch, [self.slot])
 
     def targets(self, arch: Architecture, tensors: Mapping[str, TensorInfo]) -> tuple[Target, ...]:
         shape = tensors[self.slot.tensor].shape
@@ -50,18 +42,10 @@ class SteerBias(Edit):
     def prepare(self, arch: Architecture, reader: Reader) -> Vectors:
         if self.through is None:
             return self.vector
-        if not self.vector.any():
-            # Nothing moves, whatever the weights: 0 times a NaN of theirs would not be nothing.
-            return np.zeros(arch.width)
-        rows = reader.rows(arch.name(self.through, self.point.layer))
-        if arch.input_axis(self.through) == 0:
-            return sum((self.vector[band] @ slab for band, slab in rows), np.zeros(arch.width))
-        return np.concatenate([slab @ self.vector for _, slab in rows])
+        return through(arch, self.through, self.point.layer, self.vector, reader)
 
     def transform(self, slab: Array, where: Region, state: Vectors) -> Array:
-        added = state[where.slices]
-        # -0.0 + 0.0 is +0.0, and adding nothing must change nothing.
-        return np.where(added == 0, slab, slab + added).astype(slab.dtype)
+        return add(slab, state[where.slices])
 
     def hook(self, model: Any, arch: Architecture, state: Any) -> AbstractContextManager[None]:
         def before(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -209,7 +209,10 @@ def test_rotary_positions_and_the_scale_of_embeddings(live: Live) -> None:
     arch, base = live.arch, live.model.base_model
     turned: list[int] = []
     if hasattr(base, "rotary_emb"):
-        keep = lambda module, inputs, output: turned.append(output[0].shape[-1])  # noqa: E731
+
+        def keep(module: Any, inputs: Any, output: Any) -> None:
+            turned.append(output[0].shape[-1])
+
         base.rotary_emb.register_forward_hook(keep)
     embed = arch.module(live.model, arch.facts.tie.embed)
     with taken(arch, live.model, [(arch.facts.tie.embed, None)]) as kept:

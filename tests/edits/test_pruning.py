@@ -125,7 +125,10 @@ def test_every_weight_that_goes_is_counted(
         p.numel() for p in load_model(output).parameters()
     )
     data = [Checkpoint.open(f).headers[SINGLE] for f in (base, output)]
-    files = [(f / SINGLE).stat().st_size - h.data_start for f, h in zip((base, output), data)]  # noqa: B905
+    files = [
+        (f / SINGLE).stat().st_size - h.data_start
+        for f, h in zip((base, output), data, strict=True)
+    ]
     assert files[0] - files[1] == 4 * gone
     after = config_of(output)
     changed = {key for key in after if after[key] != config.get(key)}

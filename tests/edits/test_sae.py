@@ -136,7 +136,7 @@ def test_rank_one_maps_commute_with_cutting_and_transposing(
     whole = Region.whole("w", (4, 6))
     turned = edit.transform(weight.T, whole, {"w": None})
     np.testing.assert_allclose(turned.T, expected, atol=1e-12)
-    left, right = edit.factors(weight.T, whole, {"w": None})  # type: ignore[misc]
+    left, right = edit.factors(weight.T, whole, {"w": None})
     np.testing.assert_allclose(weight.T + left @ right, turned, atol=1e-12)
 
 
