@@ -1,0 +1,287 @@
+"""What an initializer is made of: an expression in checkpoint tensors, with numbers in bands.
+
+Exporters transpose, cast, cut and join weights on their way into a graph. An `Expression` says
+how, knows its shape and dtype from headers alone, and gives its numbers a band of whole rows (the
+first axis) at a time, so that memory follows the band; only a transposition reads all it needs of
+its operand.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from surgery.addresses import Region
+from surgery.checkpoint import Checkpoint
+from surgery.checkpoint.dtypes import numpy_dtype
+from surgery.errors import InputError, quote
+
+Shape = tuple[int, ...]
+
+
+class Expression(ABC):
+    """An array made of checkpoint tensors. `kind` is its transform's name in `lineage.json`."""
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def shape(self, checkpoint: Checkpoint) -> Shape:
+        """Its sizes, from headers alone."""
+
+    @abstractmethod
+    def dtype(self, checkpoint: Checkpoint) -> np.dtype[Any]:
+        """Its element type, from headers alone."""
+
+    @abstractmethod
+    def rows(self, checkpoint: Checkpoint, start: int, stop: int) -> NDArray[Any]:
+        """Rows `start` to `stop` of the first axis; all of an array without axes."""
+
+    @abstractmethod
+    def operands(self) -> tuple[Expression, ...]:
+        """The expressions it is made of; none for a tensor."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """The expression as JSON, which `from_json` reads."""
+
+    def read(self, checkpoint: Checkpoint) -> NDArray[Any]:
+        """The whole array."""
+        shape = self.shape(checkpoint)
+        return self.rows(checkpoint, 0, shape[0] if shape else 0)
+
+    def tensors(self) -> tuple[str, ...]:
+        """The names of the checkpoint tensors in it, each once, in order."""
+        names = (name for operand in self.operands() for name in operand.tensors())
+        return tuple(dict.fromkeys(names))
+
+
+@dataclass(frozen=True)
+class Tensor(Expression):
+    """A checkpoint tensor as it is stored."""
+
+    kind: ClassVar[str] = "none"
+    name: str
+
+    def shape(self, checkpoint: Checkpoint) -> Shape:
+        return checkpoint.info(self.name).shape
+
+    def dtype(self, checkpoint: Checkpoint) -> np.dtype[Any]:
+        return numpy_dtype(checkpoint.info(self.name).dtype)
+
+    def rows(self, checkpoint: Checkpoint, start: int, stop: int) -> NDArray[Any]:
+        shape = self.shape(checkpoint)
+        whole = Region.whole(self.name, shape)
+        band = Region.band(self.name, shape, 0, start, stop) if shape else whole
+        return checkpoint.read_rows(self.name, band)
+
+    def operands(self) -> tuple[Expression, ...]:
+        return ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"tensor": self.name}
+
+    def tensors(self) -> tuple[str, ...]:
+        return (self.name,)
+
+
+@dataclass(frozen=True)
+class Cast(Expression):
+    """`of` in another float type (numpy's name of it), rounded once to nearest-even."""
+
+    kind: ClassVar[str] = "cast"
+    of: Expression
+    to: str
+
+    def shape(self, checkpoint: Checkpoint) -> Shape:
+        return self.of.shape(checkpoint)
+
+    def dtype(self, checkpoint: Checkpoint) -> np.dtype[Any]:
+        return float_dtype(self.to)
+
+    def rows(self, checkpoint: Checkpoint, start: int, stop: int) -> NDArray[Any]:
+        return cast(self.of.rows(checkpoint, start, stop), float_dtype(self.to))
+
+    def operands(self) -> tuple[Expression, ...]:
+        return (self.of,)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"cast": self.of.to_json(), "to": self.to}
+
+
+@dataclass(frozen=True)
+class Transpose(Expression):
+    """`of` with its last two axes swapped; raises `InputError` where it has fewer."""
+
+    kind: ClassVar[str] = "transpose"
+    of: Expression
+
+    def shape(self, checkpoint: Checkpoint) -> Shape:
+        shape = self.of.shape(checkpoint)
+        if len(shape) < 2:
+            raise InputError(f"a transposition needs two axes; found {list(shape)}")
+        return (*shape[:-2], shape[-1], shape[-2])
+
+    def dtype(self, checkpoint: Checkpoint) -> np.dtype[Any]:
+        return self.of.dtype(checkpoint)
+
+    def rows(self, checkpoint: Checkpoint, start: int, stop: int) -> NDArray[Any]:
+        if len(self.shape(checkpoint)) > 2:
+            return np.ascontiguousarray(self.of.rows(checkpoint, start, stop).swapaxes(-1, -2))
+        return np.ascontiguousarray(self.of.read(checkpoint)[:, start:stop].T)
+
+    def operands(self) -> tuple[Expression, ...]:
+        return (self.of,)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"transpose": self.of.to_json()}
+
+
+@dataclass(frozen=True)
+class Slice(Expression):
+    """Indices `start` to `stop` of one axis of `of`."""
+
+    kind: ClassVar[str] = "slice"
+    of: Expression
+    axis: int
+    start: int
+    stop: int
+
+    def shape(self, checkpoint: Checkpoint) -> Shape:
+        shape = self.of.shape(checkpoint)
+        return (*shape[: self.axis], self.stop - self.start, *shape[self.axis + 1 :])
+
+    def dtype(self, checkpoint: Checkpoint) -> np.dtype[Any]:
+        return self.of.dtype(checkpoint)
+
+    def rows(self, checkpoint: Checkpoint, start: int, stop: int) -> NDArray[Any]:
+        if self.axis == 0:
+            return self.of.rows(checkpoint, self.start + start, self.start + stop)
+        band = self.of.rows(checkpoint, start, stop)
+        return band[(slice(None),) * self.axis + (slice(self.start, self.stop),)]
+
+    def operands(self) -> tuple[Expression, ...]:
+        return (self.of,)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "slice": self.of.to_json(),
+            "axis": self.axis,
+            "start": self.start,
+            "stop": self.stop,
+        }
+
+
+@dataclass(frozen=True)
+class Concat(Expression):
+    """`parts` one after the other along `axis`."""
+
+    kind: ClassVar[str] = "concatenation"
+    parts: tuple[Expression, ...]
+    axis: int = 0
+
+    def shape(self, checkpoint: Checkpoint) -> Shape:
+        shapes = [part.shape(checkpoint) for part in self.parts]
+        size = sum(shape[self.axis] for shape in shapes)
+        return (*shapes[0][: self.axis], size, *shapes[0][self.axis + 1 :])
+
+    def dtype(self, checkpoint: Checkpoint) -> np.dtype[Any]:
+        return self.parts[0].dtype(checkpoint)
+
+    def rows(self, checkpoint: Checkpoint, start: int, stop: int) -> NDArray[Any]:
+        if self.axis:
+            bands = [part.rows(checkpoint, start, stop) for part in self.parts]
+            return np.concatenate(bands, axis=self.axis)
+        bands, first = [], 0
+        for part in self.parts:
+            size = part.shape(checkpoint)[0]
+            low, high = max(start - first, 0), min(stop - first, size)
+            if low < high:
+                bands.append(part.rows(checkpoint, low, high))
+            first += size
+        return np.concatenate(bands) if len(bands) > 1 else bands[0]
+
+    def operands(self) -> tuple[Expression, ...]:
+        return self.parts
+
+    def to_json(self) -> dict[str, Any]:
+        return {"concatenation": [part.to_json() for part in self.parts], "axis": self.axis}
+
+
+@dataclass(frozen=True)
+class Stack(Expression):
+    """`parts` of one shape along a new first axis."""
+
+    kind: ClassVar[str] = "stack"
+    parts: tuple[Expression, ...]
+
+    def shape(self, checkpoint: Checkpoint) -> Shape:
+        return (len(self.parts), *self.parts[0].shape(checkpoint))
+
+    def dtype(self, checkpoint: Checkpoint) -> np.dtype[Any]:
+        return self.parts[0].dtype(checkpoint)
+
+    def rows(self, checkpoint: Checkpoint, start: int, stop: int) -> NDArray[Any]:
+        return np.stack([part.read(checkpoint) for part in self.parts[start:stop]])
+
+    def operands(self) -> tuple[Expression, ...]:
+        return self.parts
+
+    def to_json(self) -> dict[str, Any]:
+        return {"stack": [part.to_json() for part in self.parts]}
+
+
+def kinds(expression: Expression) -> tuple[str, ...]:
+    """The transforms of an expression from the tensors outwards, each once; `none` for a tensor
+    as it is stored."""
+    found: list[str] = []
+    queue: Sequence[Expression] = (expression,)
+    while queue:
+        found += [item.kind for item in queue if not isinstance(item, Tensor)]
+        queue = [operand for item in queue for operand in item.operands()]
+    return tuple(dict.fromkeys(reversed(found))) or (Tensor.kind,)
+
+
+def from_json(fields: Mapping[str, Any]) -> Expression:
+    """The expression that `to_json` wrote; raises `InputError` for anything else."""
+    try:
+        return _parse(fields)
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"is not an expression in tensors: {quote(fields, 200)}") from None
+
+
+def _parse(fields: Mapping[str, Any]) -> Expression:
+    if "tensor" in fields:
+        return Tensor(str(fields["tensor"]))
+    if "cast" in fields:
+        return Cast(_parse(fields["cast"]), str(fields["to"]))
+    if "transpose" in fields:
+        return Transpose(_parse(fields["transpose"]))
+    if "slice" in fields:
+        numbers = (int(fields[key]) for key in ("axis", "start", "stop"))
+        return Slice(_parse(fields["slice"]), *numbers)
+    if "concatenation" in fields:
+        return Concat(tuple(map(_parse, fields["concatenation"])), int(fields["axis"]))
+    return Stack(tuple(map(_parse, fields["stack"])))
+
+
+def float_dtype(name: str) -> np.dtype[Any]:
+    """The dtype of a float type by numpy's name of it; raises `InputError` for another type."""
+    if name == "bfloat16":
+        return np.dtype(ml_dtypes.bfloat16)
+    if name in ("float16", "float32", "float64"):
+        return np.dtype(name)
+    raise InputError(f"{quote(name)} is not a float type that weights are cast to")
+
+
+def cast(source: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """`source` in `dtype`, rounded once to nearest-even; overflow gives infinities, in silence."""
+    if source.dtype == ml_dtypes.bfloat16 and dtype == np.float16:
+        source = source.astype(np.float32)  # exact; ml_dtypes' own cast is not numpy's
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.ascontiguousarray(source.astype(dtype, copy=False))
