@@ -251,7 +251,7 @@ def from_json(fields: Mapping[str, Any]) -> Expression:
     """The expression that `to_json` wrote; raises `InputError` for anything else."""
     try:
         return _parse(fields)
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise InputError(f"is not an expression in tensors: {quote(fields, 200)}") from None
 
 
@@ -273,7 +273,8 @@ def _parse(fields: Mapping[str, Any]) -> Expression:
 def float_dtype(name: str) -> np.dtype[Any]:
     """The dtype of a float type by numpy's name of it; raises `InputError` for another type."""
     if name == "bfloat16":
-        return np.dtype(ml_dtypes.bfloat16)
+        dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return dtype
     if name in ("float16", "float32", "float64"):
         return np.dtype(name)
     raise InputError(f"{quote(name)} is not a float type that weights are cast to")
