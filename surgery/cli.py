@@ -20,7 +20,7 @@ import click
 
 from surgery.errors import EnvironmentFault, SurgeryError
 
-LAYOUTS = ("portable",)
+LAYOUTS = ("portable", "linked")
 FORMATS = ("text", "json", "md", "html")
 
 TRUE = frozenset({"1", "true", "t", "yes", "y", "on"})
@@ -46,7 +46,9 @@ code_option = click.option(
     "--allow-code", is_flag=True, help="Accept a config.json that names code; it is never run."
 )
 task_option = click.option(
-    "--task", metavar="TASK", help="causal-lm, causal-lm-with-past or encoder."
+    "--task",
+    metavar="TASK",
+    help="causal-lm, causal-lm-with-past, encoder or sequence-classification.",
 )
 seed_option = click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the probes."
@@ -229,20 +231,18 @@ def diff_weights(a: Path, b: Path, allow_code: bool, json: bool, exit_code: bool
 @cli.command()
 @click.argument("model", type=PATH)
 @click.option("--output", type=PATH, metavar="DIR", help="New folder (default: MODEL-onnx).")
-@click.option("--layout", type=click.Choice(LAYOUTS), default="portable", show_default=True)
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    default="portable",
+    show_default=True,
+    help="portable ships; linked is a graph in MODEL itself that points into its weights.",
+)
 @task_option
 @click.option("--opset", type=int, help="ONNX opset (default: what the exporter prefers).")
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32")
 @json_option
-def export(
-    model: Path,
-    output: Path | None,
-    layout: str,
-    task: str | None,
-    opset: int | None,
-    dtype: str,
-    json: bool,
-) -> None:
+def export(model: Path, output: Path | None, json: bool, **options: Any) -> None:
     """Export a checkpoint to ONNX.
 
     Example: surgery export edited/ --output onnx/
@@ -250,10 +250,8 @@ def export(
     from surgery.api import export as run
     from surgery.console import size, stages
 
-    folder = output or model.resolve().with_name(f"{model.resolve().name}-onnx")
     with stages() as progress:
-        progress(f"exporting {model}")
-        done = run(model, folder, task=task, opset=opset, dtype=dtype, layout=layout)
+        done = run(model, output, stage=progress, **options)
     if json:
         echo_json(done.to_json())
     else:

@@ -15,7 +15,7 @@ from surgery.checkpoint.files import sha256_file
 from surgery.differential import DEFAULT_SEED, Limits, Pair, Workload, make_workload, measure
 from surgery.errors import InputError
 from surgery.evidence import EDGES
-from surgery.export import CACHED, Task, choose_task, export_in_child, onnxfile
+from surgery.export import CACHED, Task, choose_task, export, onnxfile
 from surgery.gate import judge
 from surgery.localize import stale_tensors
 from surgery.policy import BUILT_IN, Policy
@@ -80,7 +80,7 @@ def diff(
         for edge, pair in pairs.items():
             if given[edge] is None:
                 progress(f"export of {pair.model}")
-                export_in_child(pair.model, pair.onnx.parent, task=asked.task.name)
+                export(pair.model, pair.onnx.parent, task=asked.task.name)
         home = root or Path(scratch)
         return _report(pairs, asked, stimuli, policy, limits or Limits(), progress, home)
 
@@ -114,7 +114,7 @@ def validate(
         }
         for edge, pair in pairs.items():
             progress(f"export of {ONNX[edge].removeprefix('onnx/')}")
-            export_in_child(pair.model, pair.onnx.parent, task=asked.task.name)
+            export(pair.model, pair.onnx.parent, task=asked.task.name)
         bounds = limits or Limits()
         report = _report(pairs, asked, stimuli, policy, bounds, progress, staging.path)
         staging.write(REPORT_JSON, render(report, "json").encode())

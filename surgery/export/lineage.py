@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import numpy_dtype
 from surgery.export import onnxfile
-from surgery.export.bind import cast
+from surgery.export.expressions import cast
 from surgery.export.external import read_tensor
 from surgery.export.names import find_tensor
 
