@@ -129,6 +129,18 @@ class Autoencoder:
         """W_enc[:, features] as stored, float64 [len(features), d]; raises like `decoder_rows`."""
         return self._vectors("W_enc", "column", 1, features)
 
+    def vector(self, name: str) -> Vectors:
+        """`b_enc` [n] or `b_dec` [d], float64; zeros where the format has none.
+
+        Raises `EditError` where it is not finite.
+        """
+        if name not in self.tensors:
+            return np.zeros(self.latents if name == "b_enc" else self.width)
+        vector = self.tensors[name].read().astype(np.float64)
+        if not np.isfinite(vector).all():
+            raise EditError(f"{self.path}: {name} holds NaN or infinities")
+        return vector
+
     def _vectors(self, name: str, noun: str, axis: int, features: Sequence[int]) -> Vectors:
         if name not in self.tensors:
             raise EditError(f"{self.path}: has no {name}")
