@@ -125,8 +125,8 @@ class AppendNeuron(Edit):
         slots = [arch.bias_slot(role, self.layer) for role in roles]
         found = [slot for slot in slots if slot is not None]
         if len(found) < len(slots):
-            needs = "its gate alone to count" if gated else "the bias of a feature"
-            _refuse(arch, f"its MLP has no bias, which a neuron needs for {needs}")
+            needs = "so that its gate alone counts" if gated else "as the feature has one"
+            _refuse(arch, f"has no bias in its MLPs, which a neuron needs {needs}")
         return found
 
     def _numbers(self, arch: Architecture) -> Numbers:
@@ -164,13 +164,13 @@ def append(
     Raises `EditError` where no neuron of this model is such a feature, or none can be added.
     """
     if layer in arch.sparse:
-        _refuse(arch, f"layer {layer} has experts, and a token passes only some of them")
+        _refuse(arch, f"has experts, of which a token passes only some, in layer {layer}")
     if arch.activation != ACTIVATION:
-        _refuse(arch, f"a feature is gated by relu and this model's neurons by {arch.activation}")
+        _refuse(arch, f"gates neurons otherwise than a feature's relu, by {arch.activation}")
     if sae.activation != ACTIVATION:
-        _refuse(arch, f"its neurons are gated by relu and these features by {sae.activation}")
+        _refuse(arch, f"gates neurons by relu and not, as these features are, by {sae.activation}")
     if not arch.config_keys(WIDTH):
-        _refuse(arch, "the config has no field for the width of the MLP")
+        _refuse(arch, "has no config field for the width of its MLPs")
     encoder = sae.encoder_columns(features)
     edit = AppendNeuron(
         Features(
@@ -190,6 +190,6 @@ def append(
 def _refuse(arch: Architecture, reason: str) -> NoReturn:
     """Raises `EditError`: why no neuron can stand for a feature."""
     raise EditError(
-        f"append_neuron has no place in this {arch.family} model: {reason}; with an autoencoder of "
-        "the stream, rank1 adds a feature without its gate, steer_bias a constant amount of it"
+        f"append_neuron has no place in this {arch.family} model, which {reason}; with an "
+        "autoencoder of the stream, rank1 adds a feature without its gate, steer_bias a constant amount of it"
     )
