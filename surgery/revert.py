@@ -152,11 +152,11 @@ def _head(delta: Delta, file: str, old: Header, side: Side) -> tuple[bytes | Non
 
 
 def _data_size(raw: bytes, file: str) -> int:
-    entries = json.loads(raw)
-    entries.pop("__metadata__", None)
     try:
+        entries = json.loads(raw)
+        entries.pop("__metadata__", None)
         return max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError):
         raise CheckpointError(f"{file}: the delta holds a malformed header") from None
 
 
@@ -213,11 +213,11 @@ def _appended(
     checkpoint: Checkpoint, delta: Delta, info: TensorInfo, side: Side
 ) -> Iterator[bytes]:
     """The bytes of a tensor the checkpoint at hand lacks, edits included."""
-    new = next(new for new in delta.added() if new.name == info.name)
-    _check_resize(delta, new.shape, info)
+    new = next((new for new in delta.added() if new.name == info.name), None)
     resize = delta.resize(info.name)
-    if resize and resize.longer == "after":
-        raise CheckpointError(f"{delta.path}: {quote(info.name)} is new and cannot grow")
+    if new is None or (resize and resize.longer == "after"):
+        raise CheckpointError(f"{delta.path}: does not say what {quote(info.name)} begins as")
+    _check_resize(delta, new.shape, info)
     for rows in bands(replace(info, shape=new.shape, end=info.begin + new.nbytes)):
         if new.source is None:
             start = bytes(rows.size * numpy_dtype(info.dtype).itemsize)

@@ -29,7 +29,8 @@ from pydantic import Field, NonNegativeInt
 from surgery.addresses import parse_layers
 from surgery.arch import Architecture
 from surgery.edits.autoencoders import Autoencoder, opened
-from surgery.edits.autoencoders.hooks import MLP_INPUT, Point, point_of
+from surgery.edits.autoencoders.hooks import MLP_INPUT, Point, parse, point_of
+from surgery.edits.autoencoders.interface import refuse_transcoder
 from surgery.edits.interface import Edit, Fields, RecipeFiles
 from surgery.edits.projection import Vectors, basis, refuse_inexact
 from surgery.edits.sae_neuron import append
@@ -71,6 +72,8 @@ class SaeFields(Fields):
             raise RecipeError(f"layers and approximate have no meaning with patch {self.patch}")
         with opened(self.sae, files, pickle=self.pickle) as sae:
             point = point_of(sae, self.hook, arch)
+            if sae.writes is not None:
+                _check_writes(sae, sae.writes, point, arch, self.patch)
             _check_point(sae, point, arch, self.patch)
             rows = sae.decoder_rows(self.features)
             if self.center:
@@ -104,6 +107,20 @@ def _centered(rows: Vectors) -> Vectors:
     if left.min() < 1e-10:
         raise EditError("a decoder row is constant, so center: true leaves nothing of it")
     return centered
+
+
+def _check_writes(
+    sae: Autoencoder, writes: str, point: Point, arch: Architecture, patch: str
+) -> None:
+    """Raises `EditError` for a transcoder of anything but the MLP that gains neurons."""
+    if patch != "append_neuron":
+        refuse_transcoder(sae.path)
+    expected = Point(point.layer, "hook_mlp_out")
+    if parse(writes, arch) != expected:
+        raise EditError(
+            f"{sae.path}: reads {point} and writes {quote(writes)}; a transcoder whose features "
+            f"become neurons must write {expected}"
+        )
 
 
 def _check_point(sae: Autoencoder, point: Point, arch: Architecture, patch: str) -> None:

@@ -191,5 +191,6 @@ def _refuse(arch: Architecture, reason: str) -> NoReturn:
     """Raises `EditError`: why no neuron can stand for a feature."""
     raise EditError(
         f"append_neuron has no place in this {arch.family} model, which {reason}; with an "
-        "autoencoder of the stream, rank1 adds a feature without its gate, steer_bias a constant amount of it"
+        "autoencoder of the stream, rank1 adds a feature without its gate, steer_bias a constant "
+        "amount of it"
     )
