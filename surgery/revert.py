@@ -98,6 +98,8 @@ def _restore(
         for file, data in changed.items():
             if data is not None:
                 _check(output, file, staging.write(file, data), becomes)
+            elif file in becomes:
+                raise CheckpointError(f"{delta.path}: lacks {side} of {quote(file)}")
         staging.commit()
     return Restored(output, len(becomes), record.lost if side == "before" else ())
 
