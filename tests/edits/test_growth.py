@@ -203,29 +203,30 @@ def test_the_index_the_plan_and_the_receipt_say_what_has_grown(
 
 
 @pytest.mark.parametrize(
-    ("tensor", "index"),
+    ("tensor", "index", "ulps"),
     [
-        ("model.decoder.layers.1.fc2.weight", (5, 50)),
-        ("model.decoder.layers.1.fc2.weight", (5, 3)),
-        ("model.decoder.layers.0.fc2.weight", (31, 48)),
-        ("model.decoder.layers.0.fc1.weight", (50, 0)),
-        ("model.decoder.layers.1.fc1.bias", (49,)),
+        ("model.decoder.layers.1.fc2.weight", (5, 50), 2),
+        ("model.decoder.layers.1.fc2.weight", (5, 3), 1),
+        ("model.decoder.layers.0.fc2.weight", (31, 48), 1),
+        ("model.decoder.layers.0.fc1.weight", (50, 0), 1),
+        ("model.decoder.layers.1.fc1.bias", (49,), 2),
     ],
 )
 def test_verify_finds_a_changed_weight_of_a_grown_tensor(
     tensor: str,
     index: tuple[int, ...],
+    ulps: int,
     base_of: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In a neuron, in what was there, and in zeros, whatever the bands."""
+    """In a neuron beyond what rounding may do, and to the bit in what was there and in zeros."""
     monkeypatch.setattr("surgery.editor.SLAB_BYTES", 700)
     write_sae(tmp_path / "sae")
     output = apply_edits(tmp_path, base_of("opt"), [EDIT])
     info = Checkpoint.open(output).info(tensor)
     raw = bytearray((output / SINGLE).read_bytes())
-    raw[info.begin + 4 * int(np.ravel_multi_index(index, info.shape)) + 1] ^= 1
+    raw[info.begin + 4 * int(np.ravel_multi_index(index, info.shape))] ^= ulps
     (output / SINGLE).write_bytes(raw)
     found = verify(output, base_of("opt"), tmp_path / "recipe.json").findings
     messages = {finding.symptom: finding.message for finding in found}
