@@ -219,10 +219,13 @@ def neuron_cases() -> Iterator[Case]:
     for model in MODELS:
         relu = family_of(model) == "opt"
         gated = "" if relu else "gates neurons otherwise than a feature's relu"
-        experts = "has experts, of which a token passes only some" if model == "mixtral" else ""
+        never = {
+            "mixtral": "has experts, of which a token passes only some",
+            **dict.fromkeys(("bloom", "mpt"), "has no config field for the width of its MLPs"),
+        }
         for features, strength in (((1, 4, 7), 0.2), ((2,), -0.5)):
             edit = sae_edit("append_neuron", features, strength=strength)
-            yield Case(model, edit, "blocks.0.mlp.input", refused=experts or gated)
+            yield Case(model, edit, "blocks.0.mlp.input", refused=never.get(model, gated))
         if relu:
             elsewhere = "hooks 'hook_resid_post'; append_neuron on opt needs one of mlp.input"
             yield Case(model, edit, "blocks.1.hook_resid_post", refused=elsewhere)

@@ -165,12 +165,12 @@ def append(
     """
     if layer in arch.sparse:
         _refuse(arch, f"has experts, of which a token passes only some, in layer {layer}")
+    if not arch.config_keys(WIDTH):
+        _refuse(arch, "has no config field for the width of its MLPs")
     if arch.activation != ACTIVATION:
         _refuse(arch, f"gates neurons otherwise than a feature's relu, by {arch.activation}")
     if sae.activation != ACTIVATION:
         _refuse(arch, f"gates neurons by relu and not, as these features are, by {sae.activation}")
-    if not arch.config_keys(WIDTH):
-        _refuse(arch, "has no config field for the width of its MLPs")
     encoder = sae.encoder_columns(features)
     edit = AppendNeuron(
         Features(
