@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgery.arch.inspection import Inspection
+    from surgery.checkpoint.resize import Side
     from surgery.compare import Comparison
     from surgery.plan import Plan
 
@@ -98,9 +99,11 @@ def plan_text(found: Plan) -> str:
 
 
 def _new_shapes(found: Plan) -> Iterator[tuple[str, str]]:
-    for tensor, cut in found.cuts.items():
-        shape = found.tensors[tensor].shape
-        before, after = ("×".join(map(str, axes)) for axes in (shape, cut.shape(shape)))
+    for tensor in found.resized:
+        before, after = (
+            "×".join(map(str, shape))
+            for shape in (found.shape("before", tensor), found.shape("after", tensor))
+        )
         yield tensor, f"{after} instead of {before}"
 
 
@@ -134,12 +137,19 @@ def plan_json(found: Plan) -> dict[str, Any]:
         "disk_bytes": found.disk_bytes,
         "peak_bytes": found.peak_bytes,
         "added": [tensor.name for tensor in found.added],
-        "pruned": {
-            tensor: list(cut.shape(found.tensors[tensor].shape))
-            for tensor, cut in found.cuts.items()
-        },
+        "pruned": _resized(found, "before"),
+        "grown": _resized(found, "after"),
         "config": found.config,
         "not_carried": list(found.base.not_carried),
+    }
+
+
+def _resized(found: Plan, longer: Side) -> dict[str, list[int]]:
+    """The new shapes of tensors of which that on one side is the longer."""
+    return {
+        tensor: list(found.shape("after", tensor))
+        for tensor, resize in found.resized.items()
+        if resize.longer == longer
     }
 
 

@@ -209,12 +209,26 @@ def rank_one_cases() -> Iterator[Case]:
         edit = sae_edit("rank1", (2,), strength=-0.5, layers=[1], **allow)
         yield Case(model, edit, "blocks.0.hook_mlp_out")
         yield Case(model, sae_edit("rank1"), "blocks.1.attn.hook_z", refused="hooks 'attn.hook_z'")
-        # Of these, OPT alone has the ReLU that a feature has.
-        why = "keeps the shapes it had" if family_of(model) == "opt" else "neurons by "
-        yield Case(model, sae_edit("append_neuron"), post, refused=why)
     for model in (*RESCALED, "bloom"):
         edit = sae_edit("rank1")
         yield Case(model, edit, post, untie=True, refused="rank1 is not exact on")
+
+
+def neuron_cases() -> Iterator[Case]:
+    """With the family's usual activation, of which OPT alone has the one that a feature has."""
+    for model in MODELS:
+        relu = family_of(model) == "opt"
+        gated = "" if relu else "gates neurons otherwise than a feature's relu"
+        never = {
+            "mixtral": "has experts, of which a token passes only some",
+            **dict.fromkeys(("bloom", "mpt"), "has no config field for the width of its MLPs"),
+        }
+        for features, strength in (((1, 4, 7), 0.2), ((2,), -0.5)):
+            edit = sae_edit("append_neuron", features, strength=strength)
+            yield Case(model, edit, "blocks.0.mlp.input", refused=never.get(model, gated))
+        if relu:
+            elsewhere = "hooks 'hook_resid_post'; append_neuron on opt needs one of mlp.input"
+            yield Case(model, edit, "blocks.1.hook_resid_post", refused=elsewhere)
 
 
 def steering_cases() -> Iterator[Case]:
@@ -332,6 +346,7 @@ CASES = [
     *dampening_cases(),
     *projection_cases(),
     *rank_one_cases(),
+    *neuron_cases(),
     *steering_cases(),
     *written_cases(),
     *direction_cases(),

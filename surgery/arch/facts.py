@@ -93,6 +93,10 @@ class ModuleFact(_Facts):
     def per_expert(self) -> bool:
         return "{expert}" in self.path
 
+    def shape(self, kind: str) -> tuple[str, ...]:
+        """The shape of the weight or the bias in expressions of sizes, in stored order."""
+        return self.weight_shape() if kind == "weight" else self.bias_shape()
+
     def weight_shape(self) -> tuple[str, ...]:
         """The weight's shape in expressions of sizes, in stored order."""
         return {

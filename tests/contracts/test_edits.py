@@ -16,6 +16,7 @@ from cases import (
     direction_cases,
     mean_cases,
     merge_cases,
+    neuron_cases,
     spectrum_cases,
     written_cases,
 )
@@ -70,6 +71,7 @@ BY_DTYPE = [
         "blocks.1.hook_resid_post",
         untie=True,
     ),
+    *(case for case in neuron_cases() if case.model == "opt" and not case.refused),
     Case("llama", sae_edit("steer_bias"), "blocks.0.hook_mlp_out"),
     Case("gpt2", sae_edit("steer_bias"), "blocks.0.attn.hook_z"),
     *(case for case in written_cases() if case.model in ("gpt2", "qwen3")),
@@ -107,6 +109,7 @@ ADDING = [
         "blocks.1.hook_resid_post",
         untie=True,
     ),
+    Case("opt-unbiased", sae_edit("append_neuron", strength=0.2), "blocks.0.mlp.input"),
     Case("llama", sae_edit("steer_bias"), "blocks.1.hook_resid_post"),
     Case("qwen3", sae_edit("steer_bias"), "blocks.1.hook_attn_out"),
     *(

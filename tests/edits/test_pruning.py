@@ -182,8 +182,8 @@ def test_a_flipped_bit_of_a_delta_never_gives_a_wrong_checkpoint(
     recipe, delta = write_recipe(folder, [A_GROUP]), folder / "d.safetensors"
     api.apply(recipe, base, folder / "edited", delta=delta)
     raw = bytearray(delta.read_bytes())
-    cuts = raw.index(b"cuts")
-    place = data.draw(st.integers(cuts, cuts + 700) | st.integers(0, len(raw) - 1))
+    resized = raw.index(b"resized")
+    place = data.draw(st.integers(resized, resized + 700) | st.integers(0, len(raw) - 1))
     raw[place] ^= 1 << data.draw(st.integers(0, 7))
     delta.write_bytes(raw)
     for way, source, expected in (
@@ -348,4 +348,4 @@ def test_what_is_left_out_cannot_be_changed(
     with pytest.raises((EditError, RecipeError), match=said):
         plan_of(tmp_path, base_of("qwen3"), edits, allow_overlap=True)
     if len(edits) == 2 and "prune" not in edits[1]:
-        assert plan_of(tmp_path, base_of("qwen3"), edits[::-1], allow_overlap=True).cuts
+        assert plan_of(tmp_path, base_of("qwen3"), edits[::-1], allow_overlap=True).resized
