@@ -92,8 +92,9 @@ def _fuse(model: Any, expressions: Expressions) -> None:
                 domain=_MICROSOFT,
                 name=node.name,
             )
-            fused.outputs[0].name = node.outputs[0].name
-            node.outputs[0].replace_all_uses_with(fused.outputs[0], replace_graph_outputs=True)
+            new, old = fused.outputs[0], node.outputs[0]
+            new.name, new.shape, new.type = old.name, old.shape, old.type
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
             graph.insert_before(node, fused)
             graph.remove(node, safe=True)
             graph.opset_imports[_MICROSOFT] = 1
