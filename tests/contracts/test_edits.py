@@ -16,6 +16,7 @@ from cases import (
     direction_cases,
     mean_cases,
     merge_cases,
+    pruning_cases,
     spectrum_cases,
     written_cases,
 )
@@ -61,6 +62,7 @@ BY_DTYPE = [
     Case("gpt2", {**HEADS, "factor": 0.3}),
     Case("bert", {**NEURONS, "factor": 0.3}),
     *(case for case in mean_cases() if case.model in ("gpt2", "llama") and not case.refused),
+    *(case for case in pruning_cases() if case.model in ("llama", "qwen3_moe")),
     *(case for case in dampening_cases() if case.model in ("gpt2", "phi3") and not case.refused),
     Case("llama", sae_edit("orthogonalize", strength=0.9), "blocks.1.hook_resid_post"),
     Case("qwen3", sae_edit("z_project"), "blocks.1.attn.hook_z"),
