@@ -177,7 +177,8 @@ class FamilyFacts(_Facts):
     `defaults` are config fields that facts consult and files may leave out, by their dotted path.
     `norms` lie before attention and MLP (`pre`), after what they add (`post`), or `both`.
     `norm_offset` is added to a norm's weight before it scales. `parallel`: attention and MLP read
-    the same stream. `aliases` maps how old files call a norm's parameters to their names.
+    the same stream. `clip` is the config field that, where set, bounds queries, keys and values.
+    `aliases` maps how old files call a norm's parameters to their names.
     """
 
     model_type: str
@@ -192,6 +193,7 @@ class FamilyFacts(_Facts):
     norms: Literal["pre", "post", "both"]
     norm_offset: int = 0
     parallel: bool = False
+    clip: str | None = None
     positions: Literal["learned", "rotary", "alibi"]
     rotary: RotaryFact = RotaryFact()
     scaled_embedding: bool = False

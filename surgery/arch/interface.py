@@ -68,6 +68,11 @@ class Architecture:
         return "q_norm" in self.facts.modules
 
     @property
+    def qkv_clip(self) -> bool:
+        """Whether queries, keys and values are clamped to a bound."""
+        return self.facts.clip is not None and bool(self.settings.get(self.facts.clip))
+
+    @property
     def activation(self) -> str:
         """The MLP's activation, as transformers calls it."""
         fact = self.facts.activation
