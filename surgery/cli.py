@@ -259,6 +259,40 @@ def export(model: Path, output: Path | None, json: bool, **options: Any) -> None
         click.echo(f"{done.model}: {done.task}, opset {done.opset}, {done.dtype}, {written}")
 
 
+@cli.group()
+def cache() -> None:
+    """Captured graphs: exports of one config share a graph, whatever the weights.
+
+    They lie below SURGERY_CACHE, else XDG_CACHE_HOME/surgery, else ~/.cache/surgery.
+    """
+
+
+@cache.command("list")
+@json_option
+def cache_list(json: bool) -> None:
+    """List the captured graphs, the newest first.
+
+    Example: surgery cache list
+    """
+    from surgery.console import cache_text
+    from surgery.export.cache import entries
+
+    found = entries()
+    echo_json([entry.to_json() for entry in found]) if json else click.echo(cache_text(found))
+
+
+@cache.command("clear")
+def cache_clear() -> None:
+    """Remove all captured graphs.
+
+    Example: surgery cache clear
+    """
+    from surgery.console import size
+    from surgery.export.cache import clear
+
+    click.echo(f"removed: {size(clear())}")
+
+
 @cli.command()
 @model_option
 @click.option("--onnx", type=PATH, metavar="FILE", help="Its ONNX file, any exporter's.")

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from surgery.arch.inspection import Inspection
     from surgery.checkpoint.resize import Side
     from surgery.compare import Comparison
+    from surgery.export.cache import Entry
     from surgery.plan import Plan
 
 MAX_ROWS = 200
@@ -68,6 +69,25 @@ def inspection_text(found: Inspection) -> str:
     tail = [f"… and {more} more; --json lists all"] if more > 0 else []
     table_text = table(("tensor", "role", "dtype", "shape", "file"), rows)
     return "\n".join([*lines, "", table_text, *tail])
+
+
+def cache_text(found: list[Entry]) -> str:
+    """Captured graphs for people: of what, for what, and how large."""
+    rows = [
+        (
+            str(entry.facts["family"]),
+            str(entry.facts["layers"]),
+            str(entry.facts["task"]),
+            str(entry.facts["opset"]),
+            str(entry.facts["dtype"]),
+            size(entry.size),
+            entry.path.stem[:12],
+        )
+        for entry in found
+    ]
+    header = ("family", "layers", "task", "opset", "dtype", "size", "key")
+    total = f"{count(len(found), 'graph')}, {size(sum(entry.size for entry in found))}"
+    return "\n".join([*([table(header, rows)] if rows else []), total])
 
 
 def plan_text(found: Plan) -> str:

@@ -22,6 +22,7 @@ __all__ = [
     "choose_task",
     "default_task",
     "export",
+    "export_graph",
     "find_task",
 ]
 
@@ -102,6 +103,27 @@ def export(
         cached=cached,
         seconds=time.monotonic() - started,
     )
+
+
+def export_graph(
+    model_dir: Path,
+    file: Path,
+    *,
+    task: str,
+    limits: process.Limits | None = None,
+) -> None:
+    """Write the linked graph of a checkpoint alone to `file`: its external data lies in
+    `model_dir`, into which nothing is written. Raises what `export` raises."""
+    import onnx_ir
+
+    from surgery.checkpoint import Checkpoint
+    from surgery.export.graphs import Wanted, captured
+    from surgery.export.layouts.linked import link
+
+    checkpoint = Checkpoint.open(model_dir)
+    graph, _ = captured(Wanted(model_dir, task, DEFAULT_OPSET, "float32"), limits, _silent)
+    link(graph, checkpoint)
+    file.write_bytes(onnx_ir.to_proto(graph).SerializeToString(deterministic=True))
 
 
 def _silent(stage: str) -> None:

@@ -74,6 +74,9 @@ class Entry:
     size: int
     facts: dict[str, Any]
 
+    def to_json(self) -> dict[str, Any]:
+        return {"path": str(self.path), "bytes": self.size, **self.facts}
+
 
 def entries() -> list[Entry]:
     """Every entry, the newest first."""

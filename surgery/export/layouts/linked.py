@@ -46,14 +46,18 @@ class Linked(Layout):
 
 
 def refuse_links(checkpoint: Checkpoint) -> None:
-    """Raises `OutputError` for shards that are links: ONNX tools refuse those as external data."""
-    for shard in checkpoint.headers:
-        facts = (checkpoint.root / shard).lstat()
-        if stat.S_ISLNK(facts.st_mode) or facts.st_nlink > 1:
-            raise OutputError(
-                f"{checkpoint.root / shard}: is a link, which ONNX tools refuse as external data; "
-                "copy the file, or export with --layout portable"
-            )
+    """Raises `OutputError` for shards that are links."""
+    for shard in links(checkpoint):
+        raise OutputError(
+            f"{checkpoint.root / shard}: is a link, which ONNX tools refuse as external data; "
+            "copy the file, or export with --layout portable"
+        )
+
+
+def links(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The shards that are links, symbolic or hard: ONNX tools refuse those as external data."""
+    facts = {shard: (checkpoint.root / shard).lstat() for shard in checkpoint.headers}
+    return tuple(s for s, f in facts.items() if stat.S_ISLNK(f.st_mode) or f.st_nlink > 1)
 
 
 def link(model: Any, checkpoint: Checkpoint) -> Expressions:
