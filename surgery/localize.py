@@ -16,7 +16,7 @@ def stale_tensors(pairs: Mapping[str, Pair]) -> Iterator[Finding]:
     """
     for edge, pair in pairs.items():
         corner = EDGES[edge][1]
-        for row in compare_initializers(pair.onnx, pair.model):
+        for row in compare_initializers(pair.onnx, pair.model, pair.initializers):
             if row.status == "different":
                 message = (
                     f"{corner}: initializer {row.initializer} is not {row.tensor} of "

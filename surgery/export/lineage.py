@@ -39,16 +39,20 @@ class Lineage:
     status: str
 
 
-def compare_initializers(onnx_path: Path, checkpoint_dir: Path) -> tuple[Lineage, ...]:
+def compare_initializers(
+    onnx_path: Path, checkpoint_dir: Path, initializers: Path | None = None
+) -> tuple[Lineage, ...]:
     """One row per initializer of the main graph, in the file's order; one tensor in memory.
 
+    `initializers` is the folder in which external data lies, by default the file's own.
     Raises `OnnxError` for a file that `onnxfile.check` refuses, `CheckpointError` for a
     malformed checkpoint.
     """
-    onnxfile.check(onnx_path)
-    proto = onnxfile.read(onnx_path)
+    onnxfile.check(onnx_path, initializers=initializers)
+    proto = onnxfile.read(onnx_path, initializers)
     checkpoint = Checkpoint.open(checkpoint_dir)
-    return tuple(_trace(tensor, onnx_path.parent, checkpoint) for tensor in proto.graph.initializer)
+    folder = initializers or onnx_path.parent
+    return tuple(_trace(tensor, folder, checkpoint) for tensor in proto.graph.initializer)
 
 
 def _trace(tensor: Any, folder: Path, checkpoint: Checkpoint) -> Lineage:

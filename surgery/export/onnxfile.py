@@ -46,9 +46,8 @@ def read(path: Path, initializers: Path | None = None) -> Any:
 
 def external_files(path: Path, initializers: Path | None = None) -> list[str]:
     """Relative paths of the files that hold the initializers of the model at `path`."""
-    external = (
-        t for t in read(path, initializers).graph.initializer if t.data_location == t.EXTERNAL
-    )
+    tensors = read(path, initializers).graph.initializer
+    external = (tensor for tensor in tensors if tensor.data_location == tensor.EXTERNAL)
     return sorted({location(tensor, str(path))[0] for tensor in external})
 
 
