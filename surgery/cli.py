@@ -241,6 +241,9 @@ def diff_weights(a: Path, b: Path, allow_code: bool, json: bool, exit_code: bool
 @task_option
 @click.option("--opset", type=int, help="ONNX opset (default: what the exporter prefers).")
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32")
+@click.option(
+    "--report", type=PATH, metavar="DIR", help="Trace anew; torch's own report goes there."
+)
 @json_option
 def export(model: Path, output: Path | None, json: bool, **options: Any) -> None:
     """Export a checkpoint to ONNX.

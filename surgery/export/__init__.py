@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,14 @@ def export(
     dtype: str = "float32",
     layout: str = "portable",
     limits: process.Limits | None = None,
-    stage: Any = None,
+    stage: Callable[[str], None] | None = None,
+    report: Path | None = None,
 ) -> ExportResult:
     """Export the checkpoint `model_dir`; the graph is captured in a child process, with limits.
 
     `task` defaults to the family's; `dtype` (`float32` or `float16`) is what the graph computes
-    in, whatever the weights are stored in; `output` to the layout's own place. Raises
+    in, whatever the weights are stored in; `output` to the layout's own place; with `report`,
+    torch's own report goes into that folder. Raises
     `OutputError`, `CheckpointError`, `ArchitectureError` or `OnnxError` for what the caller gave,
     `ExportError` when the exporter fails; nothing is left behind then.
     """
@@ -88,7 +91,7 @@ def export(
     wanted = choose_task(model_dir, task)
     kind = LAYOUTS[layout]()
     request = Request(checkpoint, kind.folder(model_dir, output), wanted.name, version, dtype)
-    graph, cached = captured(Wanted(model_dir, wanted.name, version, dtype), limits, stage)
+    graph, cached = captured(Wanted(model_dir, wanted.name, version, dtype), limits, stage, report)
     written = kind.write(graph, request, stage)
     return ExportResult(
         output=request.output,
@@ -121,7 +124,7 @@ def export_graph(
     from surgery.export.layouts.linked import link
 
     checkpoint = Checkpoint.open(model_dir)
-    graph, _ = captured(Wanted(model_dir, task, DEFAULT_OPSET, "float32"), limits, _silent)
+    graph, _ = captured(Wanted(model_dir, task, DEFAULT_OPSET, "float32"), limits)
     link(graph, checkpoint)
     file.write_bytes(onnx_ir.to_proto(graph).SerializeToString(deterministic=True))
 

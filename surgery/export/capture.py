@@ -9,7 +9,6 @@ frequencies hold real values. Of many layers of one kind two are traced (see `st
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -18,20 +17,18 @@ from typing import Any
 from surgery.arch import Architecture, identify
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ExportError, quote
-from surgery.export.load import forward_inputs, load_skeleton
+from surgery.export.load import load_skeleton
 from surgery.export.quiet import quiet
 from surgery.export.stitch import Layers, Unstitchable, scopes, stitch
 from surgery.export.tasks import Task, find_task
+from surgery.export.trace import trace
 
-BATCH = 2
 UNBOUND = "unbound"
 """The external file that parameters of a captured graph name: they have no numbers yet."""
 PARAMETERS = "surgery.parameters"
 """Key in the metadata: JSON, parameter name to all names of that tensor in the model."""
 PREFIX = "surgery.prefix"
 """Key in the metadata: what the model puts before its base model's names."""
-
-_CACHE_NAME = re.compile(r"(input|output)\.past_key_values\.layers\.(\d+)\.(keys|values)")
 
 
 def capture(
@@ -41,22 +38,23 @@ def capture(
     dtype: str = "float32",
     *,
     whole: bool = False,
+    report: Path | None = None,
 ) -> Any:
     """The `onnx_ir.Model` of the checkpoint's config for `task`, computing in `dtype`.
 
     Its parameters are external tensors of the file `UNBOUND`, which there is not. Inputs and
     outputs have optimum's names; batch, length and cache length are symbolic. With `whole` every
-    layer is traced. Raises `ExportError` when the exporter fails or bakes an axis in,
-    `CheckpointError` when no model can be made of the config.
+    layer is traced; `report` is a folder for torch's own report. Raises `ExportError` when the
+    exporter fails or bakes an axis in, `CheckpointError` when no model can be made of the config.
     """
     arch = identify(Checkpoint.open(model_dir))
     wanted = find_task(task)
     if not whole:
         try:
-            return _capture(model_dir, arch, wanted, opset, dtype, whole=False)
+            return _capture(model_dir, arch, wanted, opset, dtype, report, whole=False)
         except Unstitchable:
             whole = True
-    return _capture(model_dir, arch, wanted, opset, dtype, whole=whole)
+    return _capture(model_dir, arch, wanted, opset, dtype, report, whole=whole)
 
 
 def serialized(model: Any) -> bytes:
@@ -68,7 +66,14 @@ def serialized(model: Any) -> bytes:
 
 
 def _capture(
-    model_dir: Path, arch: Architecture, task: Task, opset: int, dtype: str, *, whole: bool
+    model_dir: Path,
+    arch: Architecture,
+    task: Task,
+    opset: int,
+    dtype: str,
+    report: Path | None,
+    *,
+    whole: bool,
 ) -> Any:
     traced: list[int] = []
     kinds: list[Hashable] = []
@@ -82,8 +87,7 @@ def _capture(
     skeleton, mode = load_skeleton(model_dir, task, dtype, shrink)
     block = f"{_prefix(skeleton)}{arch.facts.block}"
     with quiet():
-        model = _trace(skeleton, mode, task, opset, model_dir)
-        _rename(model.graph)
+        model = trace(skeleton, mode, task, opset, model_dir, report)
         parameters = _aliases(skeleton)
         _unbind(model.graph, parameters, block)
         _clean(model)
@@ -141,74 +145,6 @@ def _layers(kinds: Sequence[Hashable], traced: Sequence[int], block: str) -> Lay
     )
 
 
-def _trace(skeleton: Any, mode: Any, task: Task, opset: int, model_dir: Path) -> Any:
-    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
-
-    try:
-        inputs, shapes = _sample(skeleton, mode, task)
-        config = OnnxConfig(
-            dynamic=True, optimize=False, opset_version=opset, dynamic_shapes=shapes
-        )
-        return OnnxExporter().export(skeleton, inputs, config).program
-    except Exception as error:  # torch.export and torch.onnx raise anything they like
-        reason = quote(f"{type(error).__name__}: {error}", 300)
-        raise ExportError(f"{model_dir}: the exporter failed: {reason}") from None
-
-
-def _sample(model: Any, mode: Any, task: Task) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Inputs to trace with, left-padded, and which of their axes are free.
-
-    The sizes differ from each other and from every number of the config: an axis that equals
-    one of those could be taken for it.
-    """
-    import torch
-
-    length, past = _unlike(model.config, 2)
-    axis = torch.export.Dim.AUTO
-    total = length + (past if task.cache else 0)
-    mask = torch.ones(BATCH, total, dtype=torch.int64)
-    mask[0, :2] = 0
-    ids = torch.arange(BATCH * length).reshape(BATCH, length) % 3
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, total - length :]
-    known = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    inputs: dict[str, Any] = {name: known[name] for name in forward_inputs(model, task)}
-    shapes: dict[str, Any] = {name: {0: axis, 1: axis} for name in inputs}
-    if task.cache:
-        inputs["past_key_values"] = _cache(model, mode, past)
-        layers = 2 * len(inputs["past_key_values"].layers)
-        shapes["past_key_values"] = [{0: axis, 2: axis} for _ in range(layers)]
-    if task.causal:
-        inputs["use_cache"] = task.cache
-    return inputs, shapes
-
-
-def _unlike(config: Any, count: int) -> list[int]:
-    taken = {value for value in config.to_dict().values() if isinstance(value, int)}
-    free = (size for size in range(5, 10_000) if size not in taken)
-    return [next(free) for _ in range(count)]
-
-
-def _cache(model: Any, mode: Any, past: int) -> Any:
-    """A cache of `past` positions, in the sizes that the model's own cache has.
-
-    Its layers keep every position: what a sliding window hides is hidden by the mask.
-    """
-    import torch
-    from transformers import DynamicCache
-    from transformers.exporters.exporter_onnx import use_experts_implementation
-
-    # Kernels that multiply experts in groups are not for tensors without numbers.
-    with mode, torch.no_grad(), use_experts_implementation(model, "batched_mm"):
-        probe = torch.zeros(1, 1, dtype=torch.int64)
-        own = model(input_ids=probe, use_cache=True).past_key_values
-    cache = DynamicCache()
-    for number, layer in enumerate(own.layers):
-        _, heads, _, width = layer.keys.shape
-        keys, values = (torch.zeros(BATCH, heads, past, width, dtype=model.dtype) for _ in "kv")
-        cache.update(keys, values, number)
-    return cache
-
-
 def _settle_sizes(graph: Any) -> None:
     """Every size of an input is read from the first input that has it, before all else: torch
     reads it from any, in an order of its own."""
@@ -257,15 +193,6 @@ def _read_first(graph: Any, value: Any, axis: int, old: Sequence[Any]) -> None:
         node.outputs[0].replace_all_uses_with(shape.outputs[0])
         graph.remove(node, safe=True)
     graph.insert_before(graph[0], [shape, scalar])
-
-
-def _rename(graph: Any) -> None:
-    for value in [*graph.inputs, *graph.outputs]:
-        match = _CACHE_NAME.fullmatch(value.name)
-        if match:
-            side, layer, part = match.groups()
-            stem = "past_key_values" if side == "input" else "present"
-            value.name = f"{stem}.{layer}.{'key' if part == 'keys' else 'value'}"
 
 
 def _aliases(model: Any) -> dict[str, tuple[str, ...]]:

@@ -59,33 +59,40 @@ class Wanted:
         return hashlib.sha256(canonical(everything)).hexdigest()
 
 
-def captured(wanted: Wanted, limits: process.Limits | None, stage: Stages) -> tuple[Any, bool]:
+def captured(
+    wanted: Wanted,
+    limits: process.Limits | None = None,
+    stage: Stages = lambda name: None,
+    report: Path | None = None,
+) -> tuple[Any, bool]:
     """The captured `onnx_ir.Model`, and whether it was cached; see `capture.capture`.
 
-    Raises what that raises; a crash, a timeout or too little memory is an `ExportError`.
+    With `report` it is traced anew, and torch's own report goes into that folder. Raises what
+    `capture` raises; a crash, a timeout or too little memory is an `ExportError`.
     """
     import onnx
     import onnx_ir
 
     key = wanted.key()
-    graph = cache.load(key)
+    graph = None if report else cache.load(key)
     cached = graph is not None
     if graph is None:
         stage("trace")
-        graph = _trace(wanted, limits or process.Limits(seconds=3600.0))
+        graph = _trace(wanted, limits or process.Limits(seconds=3600.0), report)
         cache.store(key, wanted.facts(), graph)
     return onnx_ir.from_proto(onnx.load_model_from_string(graph)), cached
 
 
-def _trace(wanted: Wanted, limits: process.Limits) -> bytes:
+def _trace(wanted: Wanted, limits: process.Limits, report: Path | None) -> bytes:
     with tempfile.TemporaryDirectory(prefix="surgery-capture-") as scratch:
         file = Path(scratch) / CAPTURED
         arguments = {
             **asdict(wanted),
             "action": "capture",
             "model_dir": str(wanted.model_dir.absolute()),
+            "report": str(report.absolute()) if report else None,
             "output": str(file),
         }
         ending = process.run("surgery.export.worker", arguments, Path(scratch), limits)
-        ending.value(f"{wanted.model_dir}: the export", ExportError)
+        ending.value(f"{wanted.model_dir}: the export failed at stage trace", ExportError)
         return file.read_bytes()

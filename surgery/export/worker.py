@@ -27,8 +27,13 @@ def _check(arguments: dict[str, Any]) -> dict[str, Any]:
 def _capture(arguments: dict[str, Any]) -> dict[str, Any]:
     from surgery.export.capture import capture, serialized
 
+    report = arguments["report"]
     graph = capture(
-        Path(arguments["model_dir"]), arguments["task"], arguments["opset"], arguments["dtype"]
+        Path(arguments["model_dir"]),
+        arguments["task"],
+        arguments["opset"],
+        arguments["dtype"],
+        report=Path(report) if report else None,
     )
     Path(arguments["output"]).write_bytes(serialized(graph))
     return {}
