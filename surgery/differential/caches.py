@@ -1,4 +1,5 @@
-"""The caches of a graph, `present.N.key|value`: every one compared, the worst reported."""
+"""What a graph gives besides its output: caches `present.N.key|value`, and an encoder's pooled
+output. Each is compared, the worst reported."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from surgery.errors import quote
 from surgery.evidence import Finding
+from surgery.export.tasks import POOLED
 from surgery.metrics.distance import ConversionSums
 from surgery.runtimes.child import Outcome
 from surgery.runtimes.graph import PRESENT
@@ -22,7 +24,7 @@ def add(sums: Sums, edge: str, batch: str, where: list[str], outcomes: Sequence[
     not keep, or in another shape, is counted at no position."""
     kept = [outcome.caches(batch) for outcome in outcomes]
     for name in (fact.name for fact in outcomes[0].facts(batch).outputs):
-        if name.startswith(PRESENT):
+        if name.startswith(PRESENT) or name == POOLED:
             own = sums.setdefault((edge, name), ConversionSums())
             arrays = [found[name] for found in kept if name in found]
             if len(arrays) == len(kept) and len({array.shape for array in arrays}) == 1:

@@ -66,7 +66,8 @@ def compare(ran: Ran, workload: Workload, task: Task) -> Evidence:
     sums = Sums()
     for batch in workload.batches:
         _add_batch(sums, ran, batch, task)
-    faults += caches.unmeasured(sums.conversion, sums.caches) if task.cache else ()
+    besides = task.cache or sums.caches
+    faults += caches.unmeasured(sums.conversion, sums.caches) if besides else ()
     conversion = tuple(_conversion(sums, task))
     return Evidence(
         corners={name: _corner(name, outcome, workload) for name, outcome in ran.corners.items()},
@@ -278,7 +279,7 @@ def _add_batch(sums: Sums, ran: Ran, batch: Batch, task: Task) -> None:
                 )
                 if task.causal:
                     sums.edges.setdefault(edge, DriftSums()).add(kept[t], kept[r])
-                if task.cache:
+                if task.cache or task.pooled:
                     outcomes = (ran.corners[t], ran.references[t], ran.corners[r])
                     caches.add(sums.caches, edge, batch.name, where, outcomes)
         _add_interaction(sums, batch, kept, references)

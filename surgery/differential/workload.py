@@ -88,7 +88,9 @@ def make_workload(
         batches += cache_batches(vocab, positions, seed)
     if not batches:
         raise NothingCompared("there is no input to compare on")
-    kept = within_budget(batches, _position_bytes(arch, task), OUTPUT_BUDGET, seed)
+    # A text has one row of classes, whichever of its positions is asked for.
+    budget = 0 if task.rows else OUTPUT_BUDGET
+    kept = within_budget(batches, _position_bytes(arch, task), budget, seed)
     measures = tuple(_measures(stimuli, policy)) if task.causal else ()
     responders = _responders(stimuli, measures, tokens, tokenizer, positions)
     ends = _end_tokens(model)

@@ -42,6 +42,7 @@ class Task:
 _CLASSIFIER = "AutoModelForSequenceClassification"
 _CAUSAL = "AutoModelForCausalLM"
 CACHED = "causal-lm-with-past"
+POOLED = "pooler_output"
 _DECODER_INPUTS = ("input_ids", "attention_mask", "position_ids")
 _ENCODER_INPUTS = ("input_ids", "attention_mask")
 
@@ -50,7 +51,7 @@ TASKS: dict[str, Task] = {
     for task in (
         Task("causal-lm", _DECODER_INPUTS, "logits", _CAUSAL),
         Task(CACHED, _DECODER_INPUTS, "logits", _CAUSAL, cache=True),
-        Task("encoder", _ENCODER_INPUTS, "last_hidden_state", "AutoModel", pooled="pooler_output"),
+        Task("encoder", _ENCODER_INPUTS, "last_hidden_state", "AutoModel", pooled=POOLED),
         Task("sequence-classification", _ENCODER_INPUTS, "logits", _CLASSIFIER),
     )
 }

@@ -44,14 +44,19 @@ class TorchRuntime(Runtime):
     def output_names(self) -> tuple[str, ...]:
         layers = self._torch_model.config.num_hidden_layers if self._task.cache else 0
         cache = [f"present.{n}.{part}" for n in range(layers) for part in ("key", "value")]
-        return (self._task.output, *cache)
+        return (self._task.output, *self._pooled, *cache)
+
+    @property
+    def _pooled(self) -> tuple[str, ...]:
+        pooler = getattr(self._torch_model, "pooler", None)
+        return (self._task.pooled,) if self._task.pooled and pooler is not None else ()
 
     def infer_impl(self, inputs: IdArrays, split: int) -> Arrays:
         feed = {name: self._torch.from_numpy(inputs[name]) for name in self.input_names}
         options = {"use_cache": self._task.cache} if self._task.causal else {}
         with quiet(), self._torch.no_grad(), self._precision():
             result = self._torch_model(**feed, **options)
-        outputs = {self._task.output: result[self._task.output].numpy()}
+        outputs = {name: result[name].numpy() for name in (self._task.output, *self._pooled)}
         if self._task.cache:
             for number, layer in enumerate(result.past_key_values.layers):
                 outputs[f"present.{number}.key"] = layer.keys.numpy()

@@ -49,12 +49,15 @@ def _run_batch(runtime: Runtime, scratch: Path, number: int, output: str) -> dic
         arrays = {name: archive[name] for name in archive.files}
     selected, mask = arrays.pop("selected"), arrays["attention_mask"]
     outputs = runtime.infer(arrays, int(arrays.pop("split")))
-    problem = _problem(outputs, output, mask.shape)
+    task = find_task(runtime.model.task)
+    problem = _problem(outputs, output, mask.shape, task.rows)
     if problem is None:
         row, column = selected.T
-        kept = {KEPT: outputs[output][row, column]}
-        if find_task(runtime.model.task).cache:
+        kept = {KEPT: outputs[output][row] if task.rows else outputs[output][row, column]}
+        if task.cache:
             kept |= {name: outputs[name][row, :, column] for name in _caches(outputs, mask.shape)}
+        if task.pooled in outputs and outputs[task.pooled].shape[:1] == mask.shape[:1]:
+            kept[task.pooled] = outputs[task.pooled][row]
         wide = np.float64 if runtime.model.dtype == "float64" else np.float32
         flat = {name: array.reshape(len(row), -1) for name, array in kept.items()}
         wider = {name: array.astype(wide, copy=False) for name, array in flat.items()}
@@ -72,12 +75,13 @@ def _run_batch(runtime: Runtime, scratch: Path, number: int, output: str) -> dic
     return {"outputs": facts, "problem": problem}
 
 
-def _problem(outputs: Arrays, wanted: str, shape: tuple[int, ...]) -> str | None:
+def _problem(outputs: Arrays, wanted: str, shape: tuple[int, ...], rows: bool) -> str | None:
+    """What keeps the output from being kept: `rows` of them, or one for each position."""
     if wanted not in outputs:
         return f"expected output {wanted}; found {', '.join(map(ascii, outputs)) or 'none'}"
-    found = outputs[wanted].shape
-    if len(found) != 3 or found[:2] != shape:
-        return f"expected output {wanted} of shape {[*shape, 'n']}; found {list(found)}"
+    found, expected = outputs[wanted].shape, shape[:1] if rows else shape
+    if len(found) != len(expected) + 1 or found[:-1] != expected:
+        return f"expected output {wanted} of shape {[*expected, 'n']}; found {list(found)}"
     return None
 
 
