@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # a command imports what it uses and no more
     from surgery.arch.inspection import Inspection
     from surgery.checkpoint.parallel import Progress
     from surgery.compare import Comparison
+    from surgery.export.lineage import Lineage
     from surgery.gate import Verdict
     from surgery.plan import Plan
     from surgery.policy import Policy
@@ -33,6 +34,7 @@ __all__ = [
     "export",
     "gate",
     "inspect",
+    "lineage",
     "plan",
     "report",
     "revert",
@@ -159,6 +161,13 @@ def export(
     return export_in_child(
         Path(model), Path(output), task=task, opset=opset, dtype=dtype, layout=layout
     )
+
+
+def lineage(model: AnyPath, onnx: AnyPath, *, progress: Progress | None = None) -> Lineage:
+    """Which checkpoint tensor each initializer of `onnx` is, proven bit for bit."""
+    from surgery.export.lineage import trace
+
+    return trace(Path(onnx), Path(model), progress)
 
 
 def diff(

@@ -20,7 +20,10 @@ from surgery.export.expressions import Cast, Expression, Fold, Transpose, cast, 
 from surgery.export.lineage.stored import Stored
 
 TILE_BYTES = 8 << 20
-_BLOCK = 256
+STRIPE_BYTES = 48 << 20
+"""Of the initializer: a stripe costs a read for each row, so stripes are wide."""
+
+_ROWS, _COLUMNS = 256, 64
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,14 @@ def _same(tile: Tile) -> bool:
     if found.flags.c_contiguous and wanted.flags.c_contiguous:
         return bool(np.array_equal(found, wanted))
     # One of them is transposed: small blocks keep both in the cache.
+    height, width = found.shape
     return all(
-        np.array_equal(found[row : row + _BLOCK], wanted[row : row + _BLOCK])
-        for row in range(0, len(found), _BLOCK)
+        np.array_equal(
+            found[row : row + _ROWS, at : at + _COLUMNS],
+            wanted[row : row + _ROWS, at : at + _COLUMNS],
+        )
+        for row in range(0, height, _ROWS)
+        for at in range(0, width, _COLUMNS)
     )
 
 
@@ -63,7 +71,7 @@ def tiles(stored: Stored, expression: Expression, checkpoint: Checkpoint) -> Ite
 
 def _bands(stored: Stored, expression: Expression, checkpoint: Checkpoint) -> Iterator[Tile]:
     rows = stored.shape[0] if stored.shape else 1
-    step = _step(stored.nbytes, rows)
+    step = _step(stored.nbytes, rows, TILE_BYTES)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         found = stored.rows(start, stop) if stored.shape else stored.read()
@@ -75,7 +83,7 @@ def _stripes(
     stored: Stored, steps: list[Expression], core: Expression, checkpoint: Checkpoint
 ) -> Iterator[Tile]:
     columns = stored.shape[1]
-    step = _step(stored.nbytes, columns)
+    step = _step(stored.nbytes, columns, STRIPE_BYTES)
     for start in range(0, columns, step):
         stop = min(start + step, columns)
         wanted = core.rows(checkpoint, start, stop)
@@ -84,8 +92,9 @@ def _stripes(
         yield Tile(0, start, stored.columns(start, stop), wanted.T)
 
 
-def _step(nbytes: int, rows: int) -> int:
-    return max(1, math.ceil(rows * TILE_BYTES / max(nbytes, 1)))
+def _step(nbytes: int, lines: int, tile: int) -> int:
+    """How many of the lines of an array make a tile of about so many bytes."""
+    return max(1, math.ceil(lines * tile / nbytes))
 
 
 def _unwrap(expression: Expression) -> tuple[list[Expression], Expression]:

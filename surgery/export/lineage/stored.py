@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import numpy_dtype
-from surgery.checkpoint.files import open_regular, read_exactly
+from surgery.checkpoint.files import open_regular, read_into
 from surgery.export.external import location, tensor_bytes
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -58,10 +58,17 @@ class Stored:
     def columns(self, start: int, stop: int) -> NDArray[Any]:
         """Columns `start` to `stop` of a matrix."""
         rows, width = self.shape
+        if stop - start == width:
+            return self.rows(0, rows)
         found = np.empty((rows, stop - start), self.dtype)
+        if self.path is None:
+            found[:] = self.rows(0, rows)[:, start:stop]
+            return found
+        views, size = found.view(np.uint8), self.dtype.itemsize
         with self._opened() as source:
             for row in range(rows):
-                found[row] = self._values(source, row * width + start, stop - start)
+                begin = self.offset + (row * width + start) * size
+                read_into(source, begin, memoryview(views[row]), str(self.path))
         return found
 
     def elements(self, flat: NDArray[np.int64]) -> NDArray[Any]:
@@ -84,8 +91,9 @@ class Stored:
         begin, length = first * self.dtype.itemsize, count * self.dtype.itemsize
         if self.data is not None:
             return self.data[begin : begin + length].view(self.dtype)
-        raw = read_exactly(source, self.offset + begin, length, str(self.path))
-        return np.frombuffer(raw, self.dtype)
+        found = np.empty(length, np.uint8)
+        read_into(source, self.offset + begin, memoryview(found), str(self.path))
+        return found.view(self.dtype)
 
 
 def stored_tensor(checkpoint: Checkpoint, name: str) -> Stored:
