@@ -5,6 +5,7 @@ One pass over both gathers where they differ and which simple explanations still
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,7 @@ class _Difference:
         rows = stored.shape[0] if stored.shape else 1
         self._width = stored.size // rows
         self._rows, self._columns = np.zeros(rows, bool), np.zeros(self._width, bool)
-        self._count, self._first, self._last_nonzero = 0, stored.size, -1
+        self._count, self._here, self._turn = 0, _Order(self._width), _Order(rows)
         self._one: tuple[Any, Any] | None = None
         self._narrow = dict(_NARROW)
         self._ratio = _Ratio()
@@ -70,33 +71,35 @@ class _Difference:
             self._add(tile)
 
     def _add(self, tile: Tile) -> None:
-        nonzero = _last(bits(np.ascontiguousarray(tile.found)) != 0, tile, self._width)
-        self._last_nonzero = max(self._last_nonzero, nonzero)
-        for name in list(self._narrow):
-            rounded = cast(cast(tile.wanted, self._narrow[name]), tile.found.dtype)
-            if not np.array_equal(bits(rounded), bits(np.ascontiguousarray(tile.found))):
-                del self._narrow[name]
-        self._ratio.add(tile)
         wanted, found = np.ascontiguousarray(tile.wanted), np.ascontiguousarray(tile.found)
-        differs = bits(found) != bits(wanted)
-        if not differs.any():
-            return
-        rows, columns = differs.any(axis=1), differs.any(axis=0)
-        self._rows[tile.row : tile.row + len(rows)] |= rows
-        self._columns[tile.column : tile.column + len(columns)] |= columns
-        row = int(np.argmax(rows))
-        column = int(np.argmax(differs[row]))
-        self._first = min(self._first, (tile.row + row) * self._width + tile.column + column)
+        for name in list(self._narrow):
+            rounded = cast(cast(wanted, self._narrow[name]), found.dtype)
+            if not np.array_equal(bits(rounded), bits(found)):
+                del self._narrow[name]
+        self._ratio.add(wanted, found)
+        differs, nonzero = bits(found) != bits(wanted), bits(found) != 0
+        self._here.add(differs, nonzero, tile.row, tile.column)
+        self._turn.add(differs.T, nonzero.T, tile.column, tile.row)
+        if differs.any():
+            self._mark(differs, tile)
+            place = np.unravel_index(int(np.argmax(differs)), differs.shape)
+            self._one = found[place], wanted[place]
+
+    def _mark(self, differs: NDArray[np.bool_], tile: Tile) -> None:
+        height, width = differs.shape
+        self._rows[tile.row : tile.row + height] |= differs.any(axis=1)
+        self._columns[tile.column : tile.column + width] |= differs.any(axis=0)
         self._count += int(np.count_nonzero(differs))
-        self._one = found[row, column], wanted[row, column]
 
     def described(self) -> tuple[str, str] | None:
         """The simplest explanation; None where there is none."""
         rows, columns = np.flatnonzero(self._rows), np.flatnonzero(self._columns)
         if self._count == 1 and self._one is not None:
-            return ELEMENT, f"{self._at(self._first)} is {_number(*self._one)}"
-        if self._last_nonzero < self._first:
-            return TRUNCATED, f"it holds zeros from element {self._first} on"
+            return ELEMENT, f"{self._at(self._here.first)} is {_number(*self._one)}"
+        if self._here.is_cut:
+            return TRUNCATED, f"it holds zeros from element {self._here.first} on"
+        if self._turned and self._turn.is_cut:
+            return TRUNCATED, f"it holds zeros from element {self._turn.first} of the tensor on"
         if len(self._shape) > 1 and len(rows) == 1:
             return self._line(0, int(rows[0]))
         if len(self._shape) == 2 and len(columns) == 1:
@@ -108,7 +111,9 @@ class _Difference:
 
     def extent(self) -> str:
         total = self._width * len(self._rows)
-        return f"{self._count} of {total} elements differ, the first at {self._at(self._first)}"
+        return (
+            f"{self._count} of {total} elements differ, the first at {self._at(self._here.first)}"
+        )
 
     def _line(self, axis: int, index: int) -> tuple[str, str]:
         """One row or column of the tensor as the checkpoint has it."""
@@ -122,14 +127,31 @@ class _Difference:
         return f"element {where}"
 
 
-def _last(mask: NDArray[np.bool_], tile: Tile, width: int) -> int:
-    """The last place of the flattened initializer that is set; −1 if none is."""
-    rows = np.flatnonzero(mask.any(axis=1))
-    if not len(rows):
-        return -1
-    row = int(rows[-1])
-    column = mask.shape[1] - 1 - int(np.argmax(mask[row, ::-1]))
-    return int((tile.row + row) * width + tile.column + column)
+class _Order:
+    """The first element that differs and the last that is not zero, of an array that is flattened
+    with `width` elements to a line."""
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self.first, self._last = sys.maxsize, -1
+
+    def add(
+        self, differs: NDArray[np.bool_], nonzero: NDArray[np.bool_], row: int, column: int
+    ) -> None:
+        """Counts in a tile that begins at (`row`, `column`)."""
+        if differs.any():
+            here = int(np.argmax(differs.any(axis=1)))
+            there = int(np.argmax(differs[here]))
+            self.first = min(self.first, (row + here) * self._width + column + there)
+        if nonzero.any():
+            here = len(nonzero) - 1 - int(np.argmax(nonzero.any(axis=1)[::-1]))
+            there = nonzero.shape[1] - 1 - int(np.argmax(nonzero[here, ::-1]))
+            self._last = max(self._last, (row + here) * self._width + column + there)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether there is nothing but zeros from the first difference on."""
+        return self._last < self.first
 
 
 class _Ratio:
@@ -138,9 +160,9 @@ class _Ratio:
     def __init__(self) -> None:
         self._xx = self._xy = self._yy = 0.0
 
-    def add(self, tile: Tile) -> None:
+    def add(self, wanted: NDArray[Any], found: NDArray[Any]) -> None:
         with np.errstate(all="ignore"):
-            x, y = (side.astype(np.float64) for side in (tile.wanted, tile.found))
+            x, y = (side.astype(np.float64) for side in (wanted, found))
             self._xx += float((x * x).sum())
             self._xy += float((x * y).sum())
             self._yy += float((y * y).sum())
