@@ -49,17 +49,18 @@ class Catalogue:
             for index in group.exact.get(values.tobytes(), ()):
                 yield shaped(group.expressions[index], stored, turned)
 
-    def near(self, stored: Stored) -> Expression | None:
+    def near(self, stored: Stored, tolerance: float = 0.0) -> Expression | None:
         """The expression that an initializer is most like, if it is like one at all.
 
-        Like means that a quarter of the sample is the same, or that all of it is nearly a
-        multiple. Nothing is like an array whose sample is one number over and over.
+        Like means that a quarter of the sample is the same (but for `tolerance`, a share of the
+        largest), or that all of it is nearly a multiple. Nothing is like an array whose sample is
+        one number over and over.
         """
         found: list[tuple[float, Expression]] = []
         for group, values, turned in self._samples(stored):
             if _is_constant(values):
                 continue
-            likeness = _likeness(group.samples, values)
+            likeness = _likeness(group.samples, values, tolerance)
             best = int(np.argmax(likeness))
             if likeness[best] > 0:
                 found.append((likeness[best], shaped(group.expressions[best], stored, turned)))
@@ -70,10 +71,10 @@ class Catalogue:
         wanted, found = self._both(stored, expression)
         return wanted.tobytes() == found.tobytes()
 
-    def likeness(self, stored: Stored, expression: Expression) -> float:
+    def likeness(self, stored: Stored, expression: Expression, tolerance: float = 0.0) -> float:
         """How like an initializer is to one expression of its shape and dtype."""
         wanted, found = self._both(stored, expression)
-        return float(_likeness(wanted[None], found)[0])
+        return float(_likeness(wanted[None], found, tolerance)[0])
 
     def _both(self, stored: Stored, expression: Expression) -> tuple[NDArray[Any], NDArray[Any]]:
         at = places(stored.shape)
@@ -134,12 +135,13 @@ def _is_constant(values: NDArray[Any]) -> bool:
     return bool(np.all(values == values[0]))
 
 
-def _likeness(samples: NDArray[Any], values: NDArray[Any]) -> NDArray[np.float64]:
+def _likeness(samples: NDArray[Any], values: NDArray[Any], tolerance: float) -> NDArray[np.float64]:
     """0 for what is unlike; else at most 1 for a multiple, more than 1 for equal elements."""
     varied = ~np.all(samples == samples[:, :1], axis=1)
-    votes = np.mean(samples == values, axis=1) * varied
     with np.errstate(all="ignore"):
         x, y = samples.astype(np.float64), values.astype(np.float64)
+        allowed = tolerance * np.abs(x).max(axis=1, keepdims=True)
+        votes = np.mean(np.abs(x - y) <= allowed, axis=1) * varied
         cosine = (x @ y) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y))
     cosine = np.where(np.isfinite(cosine) & varied & (len(values) > 7), np.abs(cosine), 0.0)
     return np.where(votes >= _VOTES, 1 + votes, np.where(cosine >= _COSINE, cosine, 0.0))

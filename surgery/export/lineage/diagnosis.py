@@ -110,10 +110,8 @@ class _Difference:
         return None if factor is None else (SCALED, f"it is scaled by about {factor:.6g}")
 
     def extent(self) -> str:
-        total = self._width * len(self._rows)
-        return (
-            f"{self._count} of {total} elements differ, the first at {self._at(self._here.first)}"
-        )
+        total, first = self._width * len(self._rows), self._at(self._here.first)
+        return f"{self._count} of {total} elements differ, the first at {first}"
 
     def _line(self, axis: int, index: int) -> tuple[str, str]:
         """One row or column of the tensor as the checkpoint has it."""
@@ -144,8 +142,8 @@ class _Order:
             there = int(np.argmax(differs[here]))
             self.first = min(self.first, (row + here) * self._width + column + there)
         if nonzero.any():
-            here = len(nonzero) - 1 - int(np.argmax(nonzero.any(axis=1)[::-1]))
-            there = nonzero.shape[1] - 1 - int(np.argmax(nonzero[here, ::-1]))
+            here = int(np.flatnonzero(nonzero.any(axis=1))[-1])
+            there = int(np.flatnonzero(nonzero[here])[-1])
             self._last = max(self._last, (row + here) * self._width + column + there)
 
     @property

@@ -11,14 +11,17 @@ from surgery.export.lineage.quantised import Dequantised, Packed, Quantise, same
 from surgery.export.lineage.result import MISMATCH, PROVEN, UNMATCHED, Fault, Row
 from surgery.export.lineage.trace import Traced, Tracer
 
+_TOLERANCE = 0.01
+"""Of the largest number: 8 bits round to half of 1/127 of it."""
+
 
 def trace_packed(tracer: Tracer, weight: Packed) -> list[Traced]:
     """What the three initializers of an 8-bit weight are."""
     numbers = Dequantised(weight)
     expectation = tracer.expected.of(numbers, weight.base)
     wanted = list(tracer.forms(numbers, expectation.expression)) if expectation else []
-    wanted.sort(key=lambda form: -tracer.catalogue.likeness(numbers, form))
-    near = tracer.catalogue.near(numbers)
+    wanted.sort(key=lambda form: -tracer.catalogue.likeness(numbers, form, _TOLERANCE))
+    near = tracer.catalogue.near(numbers, _TOLERANCE)
     for form in dict.fromkeys([*wanted, *([near] if near else [])]):
         scheme = _proof(tracer, weight, form)
         if scheme is not None:
@@ -26,7 +29,7 @@ def trace_packed(tracer: Tracer, weight: Packed) -> list[Traced]:
     target = wanted[0] if wanted else near
     if target is None:
         return [Traced(Row(name, UNMATCHED)) for name in weight.names]
-    is_near = tracer.catalogue.likeness(numbers, target) > 0
+    is_near = tracer.catalogue.likeness(numbers, target, _TOLERANCE) > 0
     return _mismatch(tracer, weight, target, is_near)
 
 

@@ -68,7 +68,7 @@ class Stored:
         with self._opened() as source:
             for row in range(rows):
                 begin = self.offset + (row * width + start) * size
-                read_into(source, begin, memoryview(views[row]), str(self.path))
+                read_into(source, begin, views[row].data, str(self.path))
         return found
 
     def elements(self, flat: NDArray[np.int64]) -> NDArray[Any]:
@@ -91,8 +91,8 @@ class Stored:
         begin, length = first * self.dtype.itemsize, count * self.dtype.itemsize
         if self.data is not None:
             return self.data[begin : begin + length].view(self.dtype)
-        found = np.empty(length, np.uint8)
-        read_into(source, self.offset + begin, memoryview(found), str(self.path))
+        found: NDArray[np.uint8] = np.empty(length, np.uint8)
+        read_into(source, self.offset + begin, found.data, str(self.path))
         return found.view(self.dtype)
 
 
