@@ -190,7 +190,7 @@ def test_a_tensor_that_nothing_holds_is_missing(zoo: Zoo, tmp_path: Path) -> Non
         del node.metadata_props[:]
     found = trace(save(proto, tmp_path / "m.onnx"), source)
     (fault,) = found.findings
-    assert (fault.symptom, fault.initializer, fault.tensor) == (diagnosis.STALE, "renamed", name)
+    assert (fault.symptom, fault.initializer, fault.tensor) == (diagnosis.MISSING, "renamed", name)
     proto.graph.initializer.add().CopyFrom(numpy_helper.from_array(fresh + 1, "second"))
     found = trace(save(proto, tmp_path / "m.onnx"), source)
     (fault,) = found.findings

@@ -36,8 +36,8 @@ def conclude(tracer: Tracer, graph: Graph, traced: Sequence[Traced]) -> Lineage:
     }
     missing = [name for name, why in unused.items() if why is None]
     pairs = _leftovers(tracer, graph, rows, missing)
-    rows = [_stale_row(row, pairs) for row in rows]
-    findings = [*_swaps(traced), *(_stale(name, tensor) for name, tensor in pairs.items())]
+    rows = [_paired_row(row, pairs) for row in rows]
+    findings = [*_swaps(traced), *(_paired(name, tensor) for name, tensor in pairs.items())]
     findings += [
         _missing(tracer, graph, rows, name) for name in missing if name not in pairs.values()
     ]
@@ -84,16 +84,16 @@ def _fitting(tracer: Tracer, graph: Graph, rows: Sequence[Row], tensor: str) -> 
     ]
 
 
-def _stale_row(row: Row, pairs: Mapping[str, str]) -> Row:
+def _paired_row(row: Row, pairs: Mapping[str, str]) -> Row:
     return Row.of(row.name, MISMATCH, Tensor(pairs[row.name])) if row.name in pairs else row
 
 
-def _stale(initializer: str, tensor: str) -> Fault:
+def _paired(initializer: str, tensor: str) -> Fault:
     message = (
-        f"initializer {quote(initializer, 200)} should be {quote(tensor, 200)}: it is the only one "
-        "of that shape that is no tensor, and its contents are other ones"
+        f"tensor {quote(tensor, 200)}: {NOT_HELD}, and the model needs it; initializer "
+        f"{quote(initializer, 200)} is the only other one of its shape, with other contents"
     )
-    return Fault(diagnosis.STALE, initializer, tensor, message)
+    return Fault(diagnosis.MISSING, initializer, tensor, message)
 
 
 def _missing(tracer: Tracer, graph: Graph, rows: Sequence[Row], tensor: str) -> Fault:
