@@ -14,7 +14,8 @@ from surgery.export.lineage.uses import LOOKUP, PRODUCTS, Use
 
 
 class Names:
-    """Tensors by name, as `names.find_tensor` finds them, but looked up and not searched."""
+    """Tensors by name, as `names.find_tensor` finds them, looked up and not searched; and under
+    the prefix that a wrapper gave the model in place of the file's."""
 
     def __init__(self, tensors: Mapping[str, object], aliases: Mapping[str, str]) -> None:
         self._names: dict[str, list[str]] = {}
@@ -24,7 +25,7 @@ class Names:
         self._known, self._aliases = frozenset(tensors), aliases
 
     def find(self, name: str) -> str | None:
-        """The tensor called `name`, or so but for a prefix that either may lack."""
+        """The tensor called `name`, or so but for a prefix that is lacking or another."""
         found = self._find(name)
         return found or self._find(self._aliases.get(name, "")) or self._alias(name)
 
@@ -37,7 +38,8 @@ class Names:
             return name
         _, _, bare = name.partition(".")
         near = [*([bare] if bare in self._known else []), *self._names.get(name, ())]
-        return near[0] if name and len(near) == 1 else None
+        near = near or list(self._names.get(bare, ()))
+        return near[0] if bare and len(near) == 1 else None
 
 
 @dataclass(frozen=True)
