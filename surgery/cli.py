@@ -298,6 +298,24 @@ def cache_clear() -> None:
 
 @cli.command()
 @model_option
+@click.option("--onnx", type=PATH, required=True, metavar="FILE", help="Any exporter's ONNX file.")
+@json_option
+def lineage(model: Path, onnx: Path, json: bool) -> None:
+    """Prove which checkpoint tensor each initializer is: exit 0 if all are, 1 if one is not.
+
+    Example: surgery lineage --model model/ --onnx onnx/model.onnx
+    """
+    from surgery.api import lineage as run
+    from surgery.console import bar, lineage_text
+
+    with bar("comparing") as progress:
+        found = run(model, onnx, progress=progress)
+    echo_json(found.to_json()) if json else click.echo(lineage_text(found))
+    sys.exit(0 if found.ok else 1)
+
+
+@cli.command()
+@model_option
 @click.option("--onnx", type=PATH, metavar="FILE", help="Its ONNX file, any exporter's.")
 @click.option("--edited", type=PATH, metavar="DIR", help="The edited checkpoint.")
 @click.option("--edited-onnx", type=PATH, metavar="FILE", help="The edited model's ONNX file.")

@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from surgery.process import one_line
+
 if TYPE_CHECKING:
     from surgery.arch.inspection import Inspection
     from surgery.checkpoint.resize import Side
     from surgery.compare import Comparison
     from surgery.export.cache import Entry
+    from surgery.export.lineage import Lineage
     from surgery.plan import Plan
 
 MAX_ROWS = 200
@@ -198,6 +201,36 @@ def comparison_text(found: Comparison) -> str:
         if names
     ]
     return "\n".join([*([table(head, rows)] if rows else []), summary, *others])
+
+
+def lineage_text(found: Lineage) -> str:
+    """A lineage for people: initializers that are tensors, then what is left and what is wrong."""
+    shown = [row for row in found.rows if row.status != "constant"]
+    rows = [
+        (one_line(row.name, 200), row.status, _few(row.tensors), ", ".join(row.transform) or "–")
+        for row in shown[:MAX_ROWS]
+    ]
+    more = len(shown) - len(rows)
+    lines = [table(("initializer", "status", "tensor", "transform"), rows)] if rows else []
+    lines += [f"… and {more} more; --json lists all"] if more > 0 else []
+    lines += [f"unused: {name}: {reason}" for name, reason in found.unused.items()]
+    lines += [f"{fault.symptom}: {fault.message}" for fault in found.findings]
+    return "\n".join([*lines, _lineage_summary(found)])
+
+
+def _few(names: Sequence[str], limit: int = 2) -> str:
+    """The first names and how many more there are."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "") or "–"
+
+
+def _lineage_summary(found: Lineage) -> str:
+    counts: dict[str, int] = {}
+    for row in found.rows:
+        counts[row.status] = counts.get(row.status, 0) + 1
+    statuses = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
+    verdict = "ok" if found.ok else "FAILED"
+    return f"{found.onnx}: {verdict}, {count(len(found.rows), 'initializer')}: {statuses}"
 
 
 def spans(indices: Sequence[int] | None, limit: int = 4) -> str:

@@ -265,6 +265,41 @@ class Item(Expression):
         return {"item": self.of.to_json(), "index": self.index}
 
 
+@dataclass(frozen=True)
+class Fold(Expression):
+    """`of` · `factor` + `offset`, computed in float32: constants that an optimiser multiplied in.
+
+    A factor of 1 and an offset of 0 are left out, so that they change no bit.
+    """
+
+    kind: ClassVar[str] = "folded expression"
+    of: Expression
+    factor: float = 1.0
+    offset: float = 0.0
+
+    def shape(self, checkpoint: Checkpoint) -> Shape:
+        return self.of.shape(checkpoint)
+
+    def dtype(self, checkpoint: Checkpoint) -> np.dtype[Any]:
+        return np.dtype(np.float32)
+
+    def rows(self, checkpoint: Checkpoint, start: int, stop: int) -> NDArray[Any]:
+        return self.apply(self.of.rows(checkpoint, start, stop))
+
+    def apply(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The constants folded into numbers of `of`."""
+        values = cast(values, np.dtype(np.float32))
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = values if self.factor == 1 else values * np.float32(self.factor)
+            return values if self.offset == 0 else values + np.float32(self.offset)
+
+    def operands(self) -> tuple[Expression, ...]:
+        return (self.of,)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"fold": self.of.to_json(), "factor": self.factor, "offset": self.offset}
+
+
 def transpose(of: Expression) -> Expression:
     """`Transpose(of)`; twice is not at all."""
     return of.of if isinstance(of, Transpose) else Transpose(of)
@@ -287,7 +322,7 @@ def substitute(expression: Expression, known: Mapping[str, Expression]) -> Expre
     match expression:
         case Concat() | Stack():
             return replace(expression, parts=parts)
-        case Cast() | Slice():
+        case Cast() | Fold() | Slice():
             return replace(expression, of=parts[0])
         case Transpose():
             return transpose(parts[0])
@@ -329,6 +364,8 @@ def _parse(fields: Mapping[str, Any]) -> Expression:
         return Slice(_parse(fields["slice"]), *numbers)
     if "concatenation" in fields:
         return Concat(tuple(map(_parse, fields["concatenation"])), int(fields["axis"]))
+    if "fold" in fields:
+        return Fold(_parse(fields["fold"]), float(fields["factor"]), float(fields["offset"]))
     return Stack(tuple(map(_parse, fields["stack"])))
 
 
