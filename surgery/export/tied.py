@@ -25,7 +25,7 @@ def share_tied(model: Any, expressions: Expressions) -> None:
 
 
 def _multiply_by(graph: Any, matrix: Any, transposed: Any) -> None:
-    """Makes every MatMul by `transposed` a Gemm by `matrix`; Gemm wants two axes."""
+    """Makes every MatMul by `transposed` a Gemm by `matrix` [height, width]."""
     for node, position in list(transposed.uses()):
         if (node.op_type, position) == ("MatMul", 1):
             result = _gemm(graph, node, matrix)
@@ -36,8 +36,8 @@ def _multiply_by(graph: Any, matrix: Any, transposed: Any) -> None:
 
 
 def _gemm(graph: Any, node: Any, matrix: Any) -> Any:
-    """The product of the MatMul `node`, made before it: [..., width] → [n, width] → [..., height]."""
-    height, width = matrix.shape.numpy()
+    """The product of the MatMul `node`, made before it; Gemm wants two axes."""
+    height = matrix.shape[0]
 
     def make(operator: str, *inputs: Any, **attributes: Any) -> Any:
         import onnx_ir
