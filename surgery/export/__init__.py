@@ -31,7 +31,8 @@ __all__ = [
 ]
 
 DEFAULT_OPSET = 20
-OPSETS = range(18, 24)
+OPSETS = range(18, 26)
+"""From the one torch's exporter writes to the newest that onnxscript converts its graphs to."""
 DTYPES = ("float32", "float16")
 
 
