@@ -239,8 +239,19 @@ def diff_weights(a: Path, b: Path, allow_code: bool, json: bool, exit_code: bool
     help="portable ships; linked is a graph in MODEL itself that points into its weights.",
 )
 @task_option
-@click.option("--opset", type=int, help="ONNX opset (default: what the exporter prefers).")
-@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32")
+@click.option("--opset", type=int, help="ONNX opset, 18 to 25 (default: 20).")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="What the graph computes in, whatever the weights are stored in.",
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(["int8"]),
+    help="Weights in 8 bits, by onnxruntime's dynamic quantisation.",
+)
 @click.option(
     "--report", type=PATH, metavar="DIR", help="Trace anew; torch's own report goes there."
 )
@@ -251,15 +262,11 @@ def export(model: Path, output: Path | None, json: bool, **options: Any) -> None
     Example: surgery export edited/ --output onnx/
     """
     from surgery.api import export as run
-    from surgery.console import size, stages
+    from surgery.console import export_text, staged_bar
 
-    with stages() as progress:
-        done = run(model, output, stage=progress, **options)
-    if json:
-        echo_json(done.to_json())
-    else:
-        written = size(sum(done.sizes.values()))
-        click.echo(f"{done.model}: {done.task}, opset {done.opset}, {done.dtype}, {written}")
+    with staged_bar() as (stage, progress):
+        done = run(model, output, stage=stage, progress=progress, **options)
+    echo_json(done.to_json()) if json else click.echo(export_text(done))
 
 
 @cli.group()

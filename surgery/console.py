@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from surgery.arch.inspection import Inspection
     from surgery.checkpoint.resize import Side
     from surgery.compare import Comparison
+    from surgery.export import ExportResult
     from surgery.export.cache import Entry
     from surgery.export.lineage import Lineage
     from surgery.plan import Plan
@@ -26,16 +27,26 @@ def stages() -> Iterator[Callable[[str], None]]:
 
     Nothing at all is shown where stderr is no terminal.
     """
+    with staged_bar() as (stage, _):
+        yield stage
+
+
+@contextmanager
+def staged_bar() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], None]]]:
+    """As `stages`, and a second callback (item, done, total) that draws a bar of the stage."""
     if not sys.stderr.isatty():
-        yield lambda stage: None
+        yield lambda stage: None, lambda item, done, total: None
         return
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("starting", total=None)
-        yield lambda stage: progress.update(task, description=stage)
+        yield (
+            lambda stage: progress.update(task, description=stage, completed=0, total=None),
+            lambda item, done, total: progress.update(task, completed=done, total=total),
+        )
 
 
 @contextmanager
@@ -255,6 +266,12 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in cells
     )
+
+
+def export_text(done: ExportResult) -> str:
+    """An export for people: where it is, what it is, and how large."""
+    kinds = [done.task, f"opset {done.opset}", done.quantize or done.dtype, done.layout]
+    return f"{done.model}: {', '.join(kinds)}, {size(sum(done.sizes.values()))}"
 
 
 def count(number: int, noun: str) -> str:
