@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,13 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from surgery.arch import identify
 from surgery.checkpoint import EXPORT_RECEIPT, Checkpoint, Staging
 from surgery.checkpoint.files import sha256_file
 from surgery.checkpoint.parallel import Advance, Progress, in_parallel
 from surgery.checkpoint.receipt import (
     EXPORT_PREDICATE,
     MalformedReceipt,
-    canonical,
     open_receipt,
     seal,
     statement,
@@ -29,8 +30,11 @@ from surgery.export.bind import unused
 from surgery.export.cache import versions
 from surgery.export.capture import PARAMETERS, PREFIX, serialized
 from surgery.export.datafile import plan_data
+from surgery.export.expressions import Tensor
 from surgery.export.fold import Expressions
 from surgery.export.layouts.interface import LINEAGE, MODEL, Request, Stages
+from surgery.export.lineage import render, trace
+from surgery.export.lineage.unused import NOT_HELD, reason
 from surgery.export.onnxfile import check, check_here
 from surgery.export.quantize import quantize
 from surgery.export.quiet import quiet
@@ -65,7 +69,8 @@ def write_folder(
             digests = _quantized(staging, request)
         stage("check")
         check(staging.path / MODEL, session=True, full=True, limits=request.limits)
-        lineage = lineage_text(bound, request.checkpoint, request.quantize)
+        own = request.quantize is None
+        lineage = _lineage(model, bound, request) if own else _traced(staging.path / MODEL, request)
         digests[LINEAGE] = staging.write(LINEAGE, lineage)
         staging.write(EXPORT_RECEIPT, _receipt(digests, request, "portable", source, bound))
         sizes = {name: (staging.path / name).stat().st_size for name in (*digests, EXPORT_RECEIPT)}
@@ -119,7 +124,11 @@ def place_beside(model: Any, bound: Expressions, request: Request) -> dict[str, 
     _forget(model)
     with quiet():
         graph = onnx_ir.to_proto(model).SerializeToString(deterministic=True)
-    files = {MODEL: graph, LINEAGE: lineage_text(bound, checkpoint)}
+    # Its initializers are the tensors themselves; the rest is done by nodes.
+    tensors: Expressions = {
+        t: Tensor(t) for expression in bound.values() for t in expression.tensors()
+    }
+    files = {MODEL: graph, LINEAGE: _lineage(model, tensors, request)}
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     receipt = _receipt(digests, request, "linked", _headers(checkpoint), bound)
     files = {EXPORT_RECEIPT: receipt, **files}
@@ -147,18 +156,23 @@ def _scratch(folder: Path) -> Iterator[Path]:
         raise OutputError(f"{folder}: cannot be written: {error.strerror}") from None
 
 
-def lineage_text(bound: Expressions, checkpoint: Checkpoint, quantized: str | None = None) -> bytes:
-    """`lineage.json`: what each initializer is made of, and which tensors no initializer reads.
-
-    Of a `quantized` model the initializers are those it had in float: X has become `X_quantized`,
-    `X_scale` and `X_zero_point` where onnxruntime has quantised it.
-    """
-    fields = {
-        "schema": 1,
-        "initializers": {name: e.to_json() for name, e in sorted(bound.items())},
-        "unused": unused(checkpoint, bound),
+def _lineage(model: Any, made_of: Expressions, request: Request) -> bytes:
+    """`lineage.json`: what each initializer is made of, and why tensors that none reads are not."""
+    checkpoint = request.checkpoint
+    arch = identify(checkpoint)
+    outputs = tuple(value.name for value in model.graph.outputs)
+    left = {
+        name: reason(name, checkpoint, arch, outputs) or NOT_HELD
+        for name in unused(checkpoint, made_of)
     }
-    return canonical({**fields, **({"quantized": quantized} if quantized else {})})
+    return render(MODEL, checkpoint.root.name, made_of, left).encode()
+
+
+def _traced(model: Path, request: Request) -> bytes:
+    """`lineage.json` of a model whose initializers another tool made: as it is found out."""
+    found = trace(model, request.checkpoint.root).to_json()
+    named = {**found, "onnx": MODEL, "model": request.checkpoint.root.name}
+    return (json.dumps(named, indent=1) + "\n").encode()
 
 
 def _refuse_occupied(folder: Path) -> None:
