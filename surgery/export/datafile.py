@@ -86,20 +86,15 @@ def plan_data(model: Any, bound: Expressions, location: str) -> DataFile:
 
     constants, offsets, end = {}, {}, 0
     for value in _in_order_of_use(model.graph):
-        nbytes = value.const_value.nbytes
+        tensor = value.const_value
         if value.name not in bound:
-            if nbytes <= INLINE:
+            if tensor.nbytes <= INLINE:
                 continue
-            constants[value.name] = value.const_value.numpy()
-        offsets[value.name] = -(-end // ALIGNMENT) * ALIGNMENT
-        end = offsets[value.name] + nbytes
+            constants[value.name] = tensor.numpy()
+        start = offsets[value.name] = -(-end // ALIGNMENT) * ALIGNMENT
+        end = start + tensor.nbytes
         value.const_value = onnx_ir.ExternalTensor(
-            location,
-            offsets[value.name],
-            nbytes,
-            value.dtype,
-            shape=value.shape,
-            name=value.name,
+            location, start, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=value.name
         )
     return DataFile(bound, constants, offsets, end)
 

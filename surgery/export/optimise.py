@@ -56,7 +56,10 @@ def optimise(model: Any, expressions: Expressions) -> None:
 
 
 def _reduce(model: Any) -> None:
-    """Computes constants and applies the rules, until neither finds anything."""
+    """Computes constants and applies the rules, until neither finds anything.
+
+    Both need shapes: a split is one into so many parts only where the size is known.
+    """
     from onnx_ir.passes import common
     from onnxscript.optimizer import fold_constants_ir
     from onnxscript.rewriter import RewritePass
@@ -64,6 +67,7 @@ def _reduce(model: Any) -> None:
 
     rewrite = RewritePass([getattr(rules, name) for name in RULES])
     for _ in range(ROUNDS):
+        common.ShapeInferencePass()(model)
         folded = fold_constants_ir(
             model,
             onnx_shape_inference=True,

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from surgery import process
 from surgery.arch import identify
 from surgery.checkpoint import EXPORT_RECEIPT, Checkpoint, Staging
 from surgery.checkpoint.files import sha256_file
@@ -66,7 +67,7 @@ def write_folder(
         digests, source = _write_model(model, bound, request, staging, progress)
         if request.quantize:
             stage("quantize")
-            digests = _quantized(staging, request)
+            digests = _quantized(staging, request.limits)
         stage("check")
         check(staging.path / MODEL, session=True, full=True, limits=request.limits)
         own = request.quantize is None
@@ -102,13 +103,15 @@ def _write_model(
     return digests, {file: found[file] for file in sizes}
 
 
-def _quantized(staging: Staging, request: Request) -> dict[str, str]:
+def _quantized(staging: Staging, limits: process.Limits) -> dict[str, str]:
     """Puts the quantised model in the place of the float one; returns its files' digests."""
     floats = staging.path / FLOATS
-    quantize(floats / MODEL, staging.path / MODEL, request.limits)
+    check(floats / MODEL, session=True, full=True, limits=limits)
+    quantize(floats / MODEL, staging.path / MODEL, limits)
     shutil.rmtree(floats)
-    names = [name for name in (MODEL, DATA) if (staging.path / name).exists()]
-    return {name: sha256_file(staging.path / name) for name in names}
+    # onnxruntime makes its data file for its owner's eyes only.
+    (staging.path / DATA).chmod((staging.path / MODEL).stat().st_mode)
+    return {name: sha256_file(staging.path / name) for name in (MODEL, DATA)}
 
 
 def place_beside(model: Any, bound: Expressions, request: Request) -> dict[str, int]:
@@ -219,6 +222,9 @@ def _headers(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _forget(model: Any) -> None:
-    """Drops the notes that binding needed."""
+    """Drops the notes that binding needed, and what the tensors of initializers say themselves."""
     for key in (PARAMETERS, PREFIX):
         model.metadata_props.pop(key, None)
+    for value in model.graph.initializers.values():
+        value.shape = value.type = None
+        value.metadata_props.clear()

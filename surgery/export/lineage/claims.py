@@ -12,7 +12,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.files import parse_json_object, read_small
 from surgery.errors import CheckpointError, InputError, OnnxError, quote
 from surgery.export.expressions import Concat, Expression, Fold, Item, Slice, Stack, from_json
-from surgery.export.lineage.quantised import Quantised
+from surgery.export.lineage.quantised import Quantise
 from surgery.export.lineage.result import PROVEN, Lineage, Row
 
 CLAIMS = "lineage.json"
@@ -56,7 +56,7 @@ def _entries(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         raise InputError("initializers: expected a name for each, and each once")
     made = [entry for entry in entries if isinstance(entry.get("expression"), dict)]
     # Weights in 8 bits are known by their names and schemes; a claim would add nothing.
-    return [entry for entry in made if Quantised.kind not in entry["expression"]]
+    return [entry for entry in made if Quantise.kind not in entry["expression"]]
 
 
 def _claim(entry: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[str, Expression]:
