@@ -7,7 +7,7 @@ when nobody refuses it. No weight byte of external data is read.
 
 from __future__ import annotations
 
-import os
+import contextlib
 import stat
 import tempfile
 from pathlib import Path
@@ -121,8 +121,8 @@ def _run_checker(path: Path, initializers: Path | None, model: Any) -> None:
             checker.check_model(str(path))
         else:
             # Given a proto, the checker looks for external data in the working folder.
-            os.chdir(initializers)
-            checker.check_model(model)
+            with contextlib.chdir(initializers):
+                checker.check_model(model)
     except (checker.ValidationError, ValueError, RuntimeError) as error:
         line = (str(error).strip().splitlines() or ["no message"])[0]
         raise OnnxError(f"{path}: onnx.checker: {quote(line, 300)}") from None

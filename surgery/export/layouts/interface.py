@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from surgery.checkpoint import Checkpoint
+from surgery.checkpoint import LINEAGE, Checkpoint
 from surgery.export.fold import Expressions
 
+__all__ = ["LINEAGE", "MODEL", "Layout", "Request", "Stages", "Written"]
+
 MODEL = "model.onnx"
-LINEAGE = "lineage.json"
 Stages = Callable[[str], None]
 """Called with the name of a stage as it begins."""
 
