@@ -7,7 +7,7 @@ when nobody refuses it. No weight byte of external data is read.
 
 from __future__ import annotations
 
-import os
+import contextlib
 import stat
 import tempfile
 from pathlib import Path
@@ -127,8 +127,8 @@ def _run_checker(path: Path, initializers: Path | None, model: Any, full: bool) 
             checker.check_model(str(path), full_check=full)
         else:
             # Given a proto, the checker looks for external data in the working folder.
-            os.chdir(initializers)
-            checker.check_model(model, full_check=full)
+            with contextlib.chdir(initializers):
+                checker.check_model(model, full_check=full)
     except (
         checker.ValidationError,
         shape_inference.InferenceError,

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from surgery import process
-from surgery.checkpoint import Checkpoint
+from surgery.checkpoint import LINEAGE, Checkpoint
 from surgery.checkpoint.parallel import Progress
 from surgery.export.fold import Expressions
 
+__all__ = ["LINEAGE", "MODEL", "Layout", "Request", "Stages", "Written"]
+
 MODEL = "model.onnx"
-LINEAGE = "lineage.json"
 CHILD_LIMITS = process.Limits(seconds=3600.0)
 Stages = Callable[[str], None]
 """Called with the name of a stage as it begins."""
