@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # a command imports what it uses and no more
     from surgery.arch.inspection import Inspection
     from surgery.checkpoint.parallel import Progress
     from surgery.compare import Comparison
+    from surgery.export import ExportResult
     from surgery.export.lineage import Lineage
     from surgery.gate import Verdict
     from surgery.plan import Plan
@@ -147,27 +148,23 @@ def diff_weights(a: AnyPath, b: AnyPath, *, allow_code: bool = False) -> Compari
 
 
 def export(
-    model: AnyPath,
-    output: AnyPath,
-    *,
-    task: str | None = None,
-    opset: int | None = None,
-    dtype: str = "float32",
-    layout: str = "portable",
-) -> Any:
-    """Exports `model` to ONNX in the new folder `output`, in a child process."""
-    from surgery.export import export_in_child
+    model: AnyPath, output: AnyPath | None = None, *, stage: Stages | None = None, **options: Any
+) -> ExportResult:
+    """Exports `model` to ONNX; `options` are those of `surgery.export.export`.
 
-    return export_in_child(
-        Path(model), Path(output), task=task, opset=opset, dtype=dtype, layout=layout
-    )
+    Portable models go to the new folder `output`, by default beside the model; linked ones lie
+    in the model's own folder.
+    """
+    from surgery.export import export as run
+
+    return run(Path(model), _path(output), stage=stage, **options)
 
 
 def lineage(model: AnyPath, onnx: AnyPath, *, progress: Progress | None = None) -> Lineage:
     """Which checkpoint tensor each initializer of `onnx` is, proven bit for bit."""
     from surgery.export.lineage import trace
 
-    return trace(Path(onnx), Path(model), progress)
+    return trace(Path(onnx), Path(model), progress=progress)
 
 
 def diff(

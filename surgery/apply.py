@@ -18,10 +18,10 @@ from surgery.addresses import Region
 from surgery.checkpoint import CONFIG, EXPORT_RECEIPT, INDEX, RECEIPT, Staging, TensorInfo
 from surgery.checkpoint.delta import (
     AddedRecord,
-    CutRecord,
     DeltaRecord,
     DeltaWriter,
     RegionRecord,
+    ResizeRecord,
     resume,
 )
 from surgery.checkpoint.dtypes import numpy_dtype
@@ -232,15 +232,17 @@ class _Shards:
 
     def _patches(self, info: TensorInfo) -> Iterator[Patch]:
         """One patch per band of rows of an edited tensor, its offsets those of the base file."""
-        for rows in bands(info):
-            begin = info.begin + (rows.start[0] * row_bytes(info) if rows.start else 0)
-            size = rows.size * numpy_dtype(info.dtype).itemsize
+        for rows in bands(self._plan.tensors[info.name]):
+            given = self._plan.region("before", rows)
+            begin = info.begin + (given.start[0] * row_bytes(info) if given.start else 0)
+            size = given.size * numpy_dtype(info.dtype).itemsize
             yield Patch(begin, begin + size, partial(self._edit_band, rows))
 
     def _edit_band(self, rows: Region, raw: bytearray) -> bytes:
         info = self._plan.tensors[rows.tensor]
-        old = np.frombuffer(raw, numpy_dtype(info.dtype)).reshape(rows.shape)
-        return self._record(rows, old)
+        given = self._plan.region("before", rows)
+        stored = np.frombuffer(raw, numpy_dtype(info.dtype)).reshape(given.shape)
+        return self._record(rows, self._plan.spread(rows, stored))
 
     def _appended(self, file: str) -> Iterator[bytes]:
         """The bytes of every added tensor of a shard, in the order of its header."""
@@ -319,9 +321,8 @@ def _finish_delta(
         regions=tuple(
             RegionRecord(tensor=r.tensor, start=r.start, stop=r.stop) for r in plan.regions
         ),
-        cuts=tuple(
-            CutRecord(tensor=tensor, axis=cut.axis, kept=cut.kept)
-            for tensor, cut in plan.cuts.items()
+        resized=tuple(
+            ResizeRecord(tensor=tensor, **vars(resize)) for tensor, resize in plan.resized.items()
         ),
         added=tuple(AddedRecord(**vars(tensor)) for tensor in plan.added),
         files=tuple(changed),

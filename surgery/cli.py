@@ -20,7 +20,7 @@ import click
 
 from surgery.errors import EnvironmentFault, SurgeryError
 
-LAYOUTS = ("portable",)
+LAYOUTS = ("portable", "linked")
 FORMATS = ("text", "json", "md", "html")
 
 TRUE = frozenset({"1", "true", "t", "yes", "y", "on"})
@@ -46,7 +46,9 @@ code_option = click.option(
     "--allow-code", is_flag=True, help="Accept a config.json that names code; it is never run."
 )
 task_option = click.option(
-    "--task", metavar="TASK", help="causal-lm, causal-lm-with-past or encoder."
+    "--task",
+    metavar="TASK",
+    help="causal-lm, causal-lm-with-past, encoder or sequence-classification.",
 )
 seed_option = click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the probes."
@@ -229,20 +231,21 @@ def diff_weights(a: Path, b: Path, allow_code: bool, json: bool, exit_code: bool
 @cli.command()
 @click.argument("model", type=PATH)
 @click.option("--output", type=PATH, metavar="DIR", help="New folder (default: MODEL-onnx).")
-@click.option("--layout", type=click.Choice(LAYOUTS), default="portable", show_default=True)
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    default="portable",
+    show_default=True,
+    help="portable ships; linked is a graph in MODEL itself that points into its weights.",
+)
 @task_option
 @click.option("--opset", type=int, help="ONNX opset (default: what the exporter prefers).")
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32")
+@click.option(
+    "--report", type=PATH, metavar="DIR", help="Trace anew; torch's own report goes there."
+)
 @json_option
-def export(
-    model: Path,
-    output: Path | None,
-    layout: str,
-    task: str | None,
-    opset: int | None,
-    dtype: str,
-    json: bool,
-) -> None:
+def export(model: Path, output: Path | None, json: bool, **options: Any) -> None:
     """Export a checkpoint to ONNX.
 
     Example: surgery export edited/ --output onnx/
@@ -250,15 +253,47 @@ def export(
     from surgery.api import export as run
     from surgery.console import size, stages
 
-    folder = output or model.resolve().with_name(f"{model.resolve().name}-onnx")
     with stages() as progress:
-        progress(f"exporting {model}")
-        done = run(model, folder, task=task, opset=opset, dtype=dtype, layout=layout)
+        done = run(model, output, stage=progress, **options)
     if json:
         echo_json(done.to_json())
     else:
         written = size(sum(done.sizes.values()))
         click.echo(f"{done.model}: {done.task}, opset {done.opset}, {done.dtype}, {written}")
+
+
+@cli.group()
+def cache() -> None:
+    """Captured graphs: exports of one config share a graph, whatever the weights.
+
+    They lie below SURGERY_CACHE, else XDG_CACHE_HOME/surgery, else ~/.cache/surgery.
+    """
+
+
+@cache.command("list")
+@json_option
+def cache_list(json: bool) -> None:
+    """List the captured graphs, the newest first.
+
+    Example: surgery cache list
+    """
+    from surgery.console import cache_text
+    from surgery.export.cache import entries
+
+    found = entries()
+    echo_json([entry.to_json() for entry in found]) if json else click.echo(cache_text(found))
+
+
+@cache.command("clear")
+def cache_clear() -> None:
+    """Remove all captured graphs.
+
+    Example: surgery cache clear
+    """
+    from surgery.console import size
+    from surgery.export.cache import clear
+
+    click.echo(f"removed: {size(clear())}")
 
 
 @cli.command()

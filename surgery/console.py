@@ -11,7 +11,9 @@ from surgery.process import one_line
 
 if TYPE_CHECKING:
     from surgery.arch.inspection import Inspection
+    from surgery.checkpoint.resize import Side
     from surgery.compare import Comparison
+    from surgery.export.cache import Entry
     from surgery.export.lineage import Lineage
     from surgery.plan import Plan
 
@@ -72,6 +74,25 @@ def inspection_text(found: Inspection) -> str:
     return "\n".join([*lines, "", table_text, *tail])
 
 
+def cache_text(found: list[Entry]) -> str:
+    """Captured graphs for people: of what, for what, and how large."""
+    rows = [
+        (
+            str(entry.facts["family"]),
+            str(entry.facts["layers"]),
+            str(entry.facts["task"]),
+            str(entry.facts["opset"]),
+            str(entry.facts["dtype"]),
+            size(entry.size),
+            entry.path.stem[:12],
+        )
+        for entry in found
+    ]
+    header = ("family", "layers", "task", "opset", "dtype", "size", "key")
+    total = f"{count(len(found), 'graph')}, {size(sum(entry.size for entry in found))}"
+    return "\n".join([*([table(header, rows)] if rows else []), total])
+
+
 def plan_text(found: Plan) -> str:
     """A plan for people: what is written, what it costs, what changes besides."""
     counts: dict[str, list[Any]] = {}
@@ -101,9 +122,11 @@ def plan_text(found: Plan) -> str:
 
 
 def _new_shapes(found: Plan) -> Iterator[tuple[str, str]]:
-    for tensor, cut in found.cuts.items():
-        shape = found.tensors[tensor].shape
-        before, after = ("×".join(map(str, axes)) for axes in (shape, cut.shape(shape)))
+    for tensor in found.resized:
+        before, after = (
+            "×".join(map(str, shape))
+            for shape in (found.shape("before", tensor), found.shape("after", tensor))
+        )
         yield tensor, f"{after} instead of {before}"
 
 
@@ -137,12 +160,19 @@ def plan_json(found: Plan) -> dict[str, Any]:
         "disk_bytes": found.disk_bytes,
         "peak_bytes": found.peak_bytes,
         "added": [tensor.name for tensor in found.added],
-        "pruned": {
-            tensor: list(cut.shape(found.tensors[tensor].shape))
-            for tensor, cut in found.cuts.items()
-        },
+        "pruned": _resized(found, "before"),
+        "grown": _resized(found, "after"),
         "config": found.config,
         "not_carried": list(found.base.not_carried),
+    }
+
+
+def _resized(found: Plan, longer: Side) -> dict[str, list[int]]:
+    """The new shapes of tensors of which that on one side is the longer."""
+    return {
+        tensor: list(found.shape("after", tensor))
+        for tensor, resize in found.resized.items()
+        if resize.longer == longer
     }
 
 

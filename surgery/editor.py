@@ -55,15 +55,15 @@ class Editor:
         return self._states[edit]
 
     def slabs(self, tensor: str) -> Iterator[tuple[Region, NDArray[Any]]]:
-        """The tensor before any edit, as stored: each band of rows and its numbers."""
+        """The tensor as it is before any edit, grown: each band of rows and its numbers."""
         for rows in bands(self.plan.tensors[tensor]):
             yield rows, self.stored(tensor, rows)
 
     def stored(self, tensor: str, rows: Region) -> NDArray[Any]:
-        """Rows of the tensor before any edit, as stored; what an addition starts from."""
+        """Rows of the tensor before any edit, as stored; what comes to it begins as zeros."""
         base = self.plan.base
         if tensor in base.tensors:
-            return base.read_rows(tensor, rows)
+            return self.plan.spread(rows, base.read_rows(tensor, self.plan.region("before", rows)))
         new = next(new for new in self.plan.added if new.name == tensor)
         if new.source is None:
             return np.zeros(rows.shape, numpy_dtype(new.dtype))
@@ -86,7 +86,7 @@ class Editor:
         """The whole tensor after every edit, in compute dtype: what an oracle is compared with."""
         parts = [part for _, part in self.rows_before(tensor, len(self.plan.edits))]
         whole = Region.whole(tensor, self.plan.tensors[tensor].shape)
-        return self.plan.take(whole, np.concatenate(parts) if whole.shape else parts[0])
+        return self.plan.take("after", whole, np.concatenate(parts) if whole.shape else parts[0])
 
     def rows_before(self, tensor: str, edit: int) -> Iterator[tuple[slice, Array]]:
         """The tensor after the edits before number `edit`, in compute dtype, band by band."""

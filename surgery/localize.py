@@ -20,7 +20,7 @@ def stale_tensors(pairs: Mapping[str, Pair]) -> Iterator[Finding]:
     """
     for edge, pair in pairs.items():
         corner = EDGES[edge][1]
-        for fault in trace(pair.onnx, pair.model).findings:
+        for fault in trace(pair.onnx, pair.model, pair.initializers).findings:
             if fault.symptom != MISSING:
                 message = f"{corner}: {fault.message}; export {pair.model.name} again"
                 yield Finding("lineage", fault.symptom, f"{corner}/{fault.tensor}", message)

@@ -15,7 +15,8 @@ from surgery.checkpoint.files import sha256_file
 from surgery.differential import DEFAULT_SEED, Limits, Pair, Workload, make_workload, measure
 from surgery.errors import InputError
 from surgery.evidence import EDGES
-from surgery.export import CACHED, Task, choose_task, export_in_child, onnxfile
+from surgery.export import CACHED, Task, choose_task, export, export_graph, onnxfile
+from surgery.export.layouts.linked import links
 from surgery.gate import judge
 from surgery.localize import stale_tensors
 from surgery.policy import BUILT_IN, Policy
@@ -63,10 +64,6 @@ def diff(
     _check_same_shape(model, edited)
     asked = _ask(model, stimuli, policy, task, seed)
     with tempfile.TemporaryDirectory(prefix="surgery-onnx-") as scratch:
-        pairs = {
-            edge: Pair(folder, given[edge] or Path(scratch) / ONNX[edge] / MODEL)
-            for edge, folder in models.items()
-        }
         for path in filter(None, given.values()):
             progress(f"check of {path}")
             onnxfile.check(path)
@@ -77,10 +74,16 @@ def diff(
                         f"give --task {CACHED} or none"
                     )
                 asked = _ask(model, stimuli, policy, CACHED, seed)
-        for edge, pair in pairs.items():
-            if given[edge] is None:
-                progress(f"export of {pair.model}")
-                export_in_child(pair.model, pair.onnx.parent, task=asked.task.name)
+        pairs = {}
+        for edge, folder in models.items():
+            file = given[edge]
+            if file is None:
+                progress(f"export of {folder}")
+            pairs[edge] = (
+                Pair(folder, file)
+                if file
+                else _convert(folder, Path(scratch) / ONNX[edge], asked.task)
+            )
         home = root or Path(scratch)
         return _report(pairs, asked, stimuli, policy, limits or Limits(), progress, home)
 
@@ -114,13 +117,24 @@ def validate(
         }
         for edge, pair in pairs.items():
             progress(f"export of {ONNX[edge].removeprefix('onnx/')}")
-            export_in_child(pair.model, pair.onnx.parent, task=asked.task.name)
+            export(pair.model, pair.onnx.parent, task=asked.task.name)
         bounds = limits or Limits()
         report = _report(pairs, asked, stimuli, policy, bounds, progress, staging.path)
         staging.write(REPORT_JSON, render(report, "json").encode())
         staging.write(REPORT_HTML, render(report, "html").encode())
         staging.commit()
     return report
+
+
+def _convert(model: Path, output: Path, task: Task) -> Pair:
+    """The model as an ONNX graph in the new folder `output`, whose weights stay where they are;
+    those of a folder of links, which ONNX tools refuse to follow, are copied."""
+    if links(Checkpoint.open(model)):
+        export(model, output, task=task.name)
+        return Pair(model, output / MODEL)
+    output.mkdir(parents=True)
+    export_graph(model, output / MODEL, task=task.name)
+    return Pair(model, output / MODEL, initializers=model)
 
 
 def _check_same_shape(model: Path, edited: Path | None) -> None:
@@ -166,7 +180,7 @@ def _report(
     evidence = replace(evidence, faults=faults)
     inputs = {
         **{EDGES[edge][0]: _weights(pair.model, root) for edge, pair in pairs.items()},
-        **{EDGES[edge][1]: _onnx(pair.onnx, root) for edge, pair in pairs.items()},
+        **{EDGES[edge][1]: _onnx(pair, root) for edge, pair in pairs.items()},
         **{f"stimuli {number}": _file(path, root) for number, path in enumerate(stimuli)},
         "workload": {"task": asked.task.name, **asked.workload.describe()},
     }
@@ -181,12 +195,12 @@ def _weights(folder: Path, root: Path | None) -> dict[str, Any]:
     return {"path": _shown(folder, root), "sha256": digests}
 
 
-def _onnx(path: Path, root: Path | None) -> dict[str, Any]:
+def _onnx(pair: Pair, root: Path | None) -> dict[str, Any]:
     """The graph's file and every file its weights lie in."""
-    folder = path.parent
-    files = [path, *(folder / name for name in onnxfile.external_files(path))]
-    digests = {str(file.relative_to(folder)): sha256_file(file) for file in files}
-    return {"path": _shown(path, root), "sha256": digests}
+    names = onnxfile.external_files(pair.onnx, pair.initializers)
+    files = {pair.onnx.name: pair.onnx} | {name: pair.data / name for name in names}
+    digests = {name: sha256_file(file) for name, file in files.items()}
+    return {"path": _shown(pair.onnx, root), "sha256": digests}
 
 
 def _file(path: Path, root: Path | None) -> dict[str, Any]:

@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.addresses import Region
-from surgery.arch import Architecture, Band, extend, identify
+from surgery.arch import Architecture, Band, extend, identify, widened
 from surgery.checkpoint import Checkpoint, Header, TensorInfo
 from surgery.checkpoint.dtypes import EDITABLE, compute_dtype, numpy_dtype
-from surgery.checkpoint.layout import Cut, NewTensor, new_headers, tensors_of
+from surgery.checkpoint.layout import NewTensor, new_headers, tensors_of
+from surgery.checkpoint.resize import Resize, Side
 from surgery.edits import Addition, Edit, Target
 from surgery.errors import EditError, InputError, RecipeError
 from surgery.recipe import Recipe, RecipeFolder, load_recipe
@@ -41,10 +42,10 @@ class Step:
 class Plan:
     """What applying `recipe` to `base` will do.
 
-    `steps` are in recipe order; `added` are tensors the base lacks; `cuts` is what is left of
-    those that are pruned; `config` the fields of config.json that change; `inputs` the SHA-256 of
-    every file the recipe read. `arch` and `tensors` are those edits see, with `added` and before
-    `cuts`; `headers` are those of the files that are written.
+    `steps` are in recipe order; `added` are tensors the base lacks; `resized` those that grow or
+    are pruned; `config` the fields of config.json that change; `inputs` the SHA-256 of every file
+    the recipe read. `arch` and `tensors` are those edits see: with `added`, already grown, not yet
+    pruned; `headers` are those of the files that are written.
     """
 
     recipe: Recipe
@@ -55,7 +56,7 @@ class Plan:
     tensors: dict[str, TensorInfo]
     headers: dict[str, Header]
     added: tuple[NewTensor, ...]
-    cuts: dict[str, Cut]
+    resized: dict[str, Resize]
     config: dict[str, Any]
     inputs: dict[str, str]
 
@@ -72,28 +73,39 @@ class Plan:
 
     @property
     def edited(self) -> tuple[str, ...]:
-        """Names of the tensors the recipe writes or prunes, in the order of the recipe."""
-        return tuple(dict.fromkeys([*(step.tensor for step in self.steps), *self.cuts]))
+        """Names of the tensors the recipe writes or resizes, in the order of the recipe."""
+        return tuple(dict.fromkeys([*(step.tensor for step in self.steps), *self.resized]))
 
     @property
     def regions(self) -> tuple[Region, ...]:
         """Everything of the tensors that does not stay: what is written, and what is left out."""
         dropped = (
             region
-            for tensor, cut in self.cuts.items()
-            for region in cut.dropped(tensor, self.tensors[tensor].shape)
+            for tensor, resize in self.resized.items()
+            if resize.longer == "before"
+            for region in resize.missing(tensor, self.tensors[tensor].shape)
         )
         return tuple(dict.fromkeys([*(step.target.region for step in self.steps), *dropped]))
 
-    def left(self, rows: Region) -> Region:
-        """Where the band `rows` lies in the tensor as it is written."""
-        cut = self.cuts.get(rows.tensor)
-        return rows if cut is None else cut.left(rows)
+    def region(self, side: Side, rows: Region) -> Region:
+        """Where the band `rows` lies in the tensor of the base, or in the one that is written."""
+        resize = self.resized.get(rows.tensor)
+        return rows if resize is None else resize.region(side, rows)
 
-    def take(self, rows: Region, values: NDArray[Any]) -> NDArray[Any]:
-        """What of the band `rows` is written."""
-        cut = self.cuts.get(rows.tensor)
-        return values if cut is None else cut.take(rows, values)
+    def take(self, side: Side, rows: Region, values: NDArray[Any]) -> NDArray[Any]:
+        """What the base has of the band `rows`, or what of it is written."""
+        resize = self.resized.get(rows.tensor)
+        return values if resize is None else resize.take(side, rows, values)
+
+    def shape(self, side: Side, tensor: str) -> tuple[int, ...]:
+        """The shape a tensor had, or has now."""
+        shape, resize = self.tensors[tensor].shape, self.resized.get(tensor)
+        return shape if resize is None else resize.shape(side, shape)
+
+    def spread(self, rows: Region, stored: NDArray[Any]) -> NDArray[Any]:
+        """The band `rows` as edits see it, from what the base has `stored` of it."""
+        resize = self.resized.get(rows.tensor)
+        return stored if resize is None else resize.spread("before", rows, stored)
 
     @property
     def edited_bytes(self) -> int:
@@ -142,25 +154,51 @@ def make_plan(recipe: Recipe, base: Checkpoint) -> Plan:
     arch = identify(base)
     folder = RecipeFolder(recipe)
     edits = tuple(_build(recipe, arch, folder))
-    added, config = _layouts(base, arch, edits)
-    untied = _untie(recipe, base, arch, edits, tensors_of(new_headers(base, added, {})))
-    added, config = (*added, *untied[0]), config | untied[1]
-    tensors = tensors_of(new_headers(base, added, {}))
+    arch, config, grown = _grow(recipe, base, arch, edits)
+    added, flags = _layouts(base, arch, edits)
+    untied, tie = _untie(recipe, base, arch, edits, tensors_of(new_headers(base, added, grown)))
+    added, config = (*added, *untied), config | flags | tie
+    tensors = tensors_of(new_headers(base, added, grown))
     arch = extend(arch, base.config | config, [tensor.name for tensor in added])
     steps = _steps(recipe, arch, edits, tensors)
     dropped = {index: edit.drops(arch) for index, edit in enumerate(edits)}
     _refuse_conflicts(recipe, steps, {index for index, bands in dropped.items() if bands})
-    cuts = _cuts(recipe, tensors, dropped)
-    headers = new_headers(base, added, cuts)
+    resized = _with_cuts(recipe, tensors, grown, dropped)
+    headers = new_headers(base, added, resized)
     return Plan(
-        recipe, base, arch, edits, steps, tensors, headers, added, cuts, config, folder.digests
+        recipe, base, arch, edits, steps, tensors, headers, added, resized, config, folder.digests
     )
 
 
-def _cuts(
-    recipe: Recipe, tensors: Mapping[str, TensorInfo], dropped: Mapping[int, tuple[Band, ...]]
-) -> dict[str, Cut]:
-    """What is left of every tensor that one of the edits prunes."""
+def _grow(
+    recipe: Recipe, base: Checkpoint, arch: Architecture, edits: tuple[Edit, ...]
+) -> tuple[Architecture, dict[str, Any], dict[str, Resize]]:
+    """The architecture with the sizes that one of the edits makes larger, the config fields that
+    say so and the tensors that grow."""
+    growing = [index for index, edit in enumerate(edits) if edit.grows()]
+    if len(growing) > 1:
+        first, second, *_ = growing
+        raise EditError(
+            f"{recipe.source}: edits[{first}] and edits[{second}] both widen the model; name "
+            "everything in one edit, or apply one recipe to what the other gives"
+        )
+    if not growing:
+        return arch, {}, {}
+    wide, config = widened(arch, edits[growing[0]].grows())
+    grown = {}
+    for tensor, axis, by in arch.growth(wide):
+        _refuse_dtype(recipe, growing[0], base.info(tensor))
+        grown[tensor] = Resize.grown(axis, base.info(tensor).shape[axis], by)
+    return wide, config, grown
+
+
+def _with_cuts(
+    recipe: Recipe,
+    tensors: Mapping[str, TensorInfo],
+    grown: Mapping[str, Resize],
+    dropped: Mapping[int, tuple[Band, ...]],
+) -> dict[str, Resize]:
+    """The `grown` tensors and those that one of the edits prunes, which may not be the same."""
     gone: dict[str, tuple[int, int, set[int]]] = {}
     for edit, bands in dropped.items():
         for band in bands:
@@ -172,11 +210,17 @@ def _cuts(
                     f"{recipe.source}: edits[{first}] and edits[{edit}] both prune "
                     f"{region.tensor!r}; name everything in one edit"
                 )
+            if region.tensor in grown:
+                raise EditError(
+                    f"{recipe.source}: prunes {region.tensor!r}, which another edit widens; apply "
+                    f"one recipe to what the other gives @ edits[{edit}]"
+                )
             indices.update(range(region.start[axis], region.stop[axis]))
-    return {
-        tensor: Cut.without(axis, tensors[tensor].shape[axis], indices)
+    cuts = {
+        tensor: Resize.without(axis, tensors[tensor].shape[axis], indices)
         for tensor, (_, axis, indices) in gone.items()
     }
+    return {**grown, **cuts}
 
 
 def _build(recipe: Recipe, arch: Architecture, folder: RecipeFolder) -> Iterator[Edit]:

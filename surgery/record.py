@@ -18,6 +18,7 @@ from surgery.checkpoint import RECEIPT, Checkpoint
 from surgery.checkpoint.dtypes import bits, compute_dtype
 from surgery.checkpoint.files import read_small
 from surgery.checkpoint.receipt import EDIT_PREDICATE, MalformedReceipt, open_receipt, subjects
+from surgery.checkpoint.resize import Side
 from surgery.errors import CheckpointError
 from surgery.plan import Plan, Step
 
@@ -32,7 +33,8 @@ class TensorRecord:
 
     def add(self, rows: Region, old: NDArray[Any], new: NDArray[Any]) -> bytes:
         """Counts the next band in, `old` as stored and `new`; returns the bytes written of it."""
-        before, after = old.tobytes(), self._plan.take(rows, new).tobytes()
+        before = self._plan.take("before", rows, old).tobytes()
+        after = self._plan.take("after", rows, new).tobytes()
         self._before.update(before)
         self._after.update(after)
         self._count(old, new)
@@ -62,7 +64,8 @@ class TensorRecord:
             "role": str(plan.arch.roles[self._tensor]),
             "dtype": info.dtype,
             "shape": list(info.shape),
-            "pruned": _cut_record(plan, self._tensor),
+            "pruned": _resize_record(plan, self._tensor, "before"),
+            "grown": _resize_record(plan, self._tensor, "after"),
             "before_sha256": self._before.hexdigest() if stored else None,
             "after_sha256": self._after.hexdigest(),
             # NaN and infinities of the source are kept to the bit; that they are there is said.
@@ -158,15 +161,15 @@ def environment() -> dict[str, str]:
     }
 
 
-def _cut_record(plan: Plan, tensor: str) -> dict[str, Any] | None:
-    """What is left of a pruned tensor: ranges along one axis, and its new shape."""
-    cut = plan.cuts.get(tensor)
-    if cut is None:
+def _resize_record(plan: Plan, tensor: str, longer: Side) -> dict[str, Any] | None:
+    """What of the longer one the shorter has, as ranges along one axis, and the new shape."""
+    resize = plan.resized.get(tensor)
+    if resize is None or resize.longer != longer:
         return None
     return {
-        "axis": cut.axis,
-        "kept": [list(run) for run in cut.kept],
-        "shape": list(cut.shape(plan.tensors[tensor].shape)),
+        "axis": resize.axis,
+        "kept": [list(run) for run in resize.kept],
+        "shape": list(plan.shape("after", tensor)),
     }
 
 

@@ -17,13 +17,17 @@ import numpy as np
 
 from surgery.addresses import Region
 from surgery.checkpoint import Checkpoint, Header, Staging, TensorInfo
-from surgery.checkpoint.delta import Delta, Side
+from surgery.checkpoint.delta import Delta
 from surgery.checkpoint.dtypes import numpy_dtype
 from surgery.checkpoint.header import parse_header
 from surgery.checkpoint.parallel import Advance, Progress, in_parallel
+from surgery.checkpoint.resize import Resize, Side
 from surgery.checkpoint.stream import Copied, Patch, copy
 from surgery.editor import bands, row_bytes
 from surgery.errors import CheckpointError, quote
+
+_OTHER: dict[Side, Side] = {"before": "after", "after": "before"}
+"""The side at hand, by the one that is written."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,8 @@ def _restore(
         for file, data in changed.items():
             if data is not None:
                 _check(output, file, staging.write(file, data), becomes)
+            elif file in becomes:
+                raise CheckpointError(f"{delta.path}: lacks {side} of {quote(file)}")
         staging.commit()
     return Restored(output, len(becomes), record.lost if side == "before" else ())
 
@@ -148,32 +154,41 @@ def _head(delta: Delta, file: str, old: Header, side: Side) -> tuple[bytes | Non
 
 
 def _data_size(raw: bytes, file: str) -> int:
-    entries = json.loads(raw)
-    entries.pop("__metadata__", None)
     try:
+        entries = json.loads(raw)
+        entries.pop("__metadata__", None)
         return max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError):
         raise CheckpointError(f"{file}: the delta holds a malformed header") from None
 
 
 def _patches(delta: Delta, old: TensorInfo, new: TensorInfo, side: Side) -> Iterator[Patch]:
     """One patch for each band that changes of a tensor that is `old` and becomes `new`."""
-    numbers, cut = _regions_of(delta, old.name), delta.cut(old.name)
-    base = new if side == "before" else old
-    _check_cut(delta, base.shape, old if side == "before" else new)
-    for rows in bands(base) if numbers else ():
-        if any(delta.record.regions[n].region.overlaps(rows) for n in numbers):
-            given = cut.left(rows) if cut and side == "before" else rows
-            begin = old.begin + (given.start[0] * row_bytes(old) if given.start else 0)
-            size = given.size * numpy_dtype(old.dtype).itemsize
-            yield Patch(begin, begin + size, partial(_put_back, delta, rows, old, side))
+    resize = delta.resize(old.name)
+    before, after = (new, old) if side == "before" else (old, new)
+    _check_resize(delta, before.shape, after)
+    whole = after if resize and resize.longer == "after" else before
+    numbers = _regions_of(delta, old.name)
+    for rows in bands(whole) if numbers or resize else ():
+        at_hand = _at_hand(resize, rows, side)
+        stays = not resize or at_hand.shape == resize.region(side, rows).shape
+        if stays and not any(delta.record.regions[n].region.overlaps(rows) for n in numbers):
+            continue
+        begin = old.begin + (at_hand.start[0] * row_bytes(old) if at_hand.start else 0)
+        size = at_hand.size * numpy_dtype(old.dtype).itemsize
+        yield Patch(begin, begin + size, partial(_put_back, delta, rows, old, side))
 
 
-def _check_cut(delta: Delta, shape: tuple[int, ...], left: TensorInfo) -> None:
-    cut = delta.cut(left.name)
-    if cut and not cut.fits(shape, left.shape):
+def _at_hand(resize: Resize | None, rows: Region, side: Side) -> Region:
+    """Where the band `rows` lies in the tensor that `side` is made from."""
+    return resize.region(_OTHER[side], rows) if resize else rows
+
+
+def _check_resize(delta: Delta, before: tuple[int, ...], after: TensorInfo) -> None:
+    resize = delta.resize(after.name)
+    if resize and not resize.fits(before, after.shape):
         raise CheckpointError(
-            f"{delta.path}: what it says is left of {quote(left.name)} is not what its headers say"
+            f"{delta.path}: how it says {quote(after.name)} is resized is not what its headers say"
         )
 
 
@@ -182,26 +197,29 @@ def _regions_of(delta: Delta, tensor: str) -> list[int]:
 
 
 def _put_back(delta: Delta, rows: Region, info: TensorInfo, side: Side, raw: bytearray) -> bytes:
-    """What becomes of the bytes at hand of the band `rows`, which the base has whole."""
-    values, cut = np.frombuffer(bytes(raw), numpy_dtype(info.dtype)), delta.cut(info.name)
-    if cut and side == "before":
-        values = cut.spread(rows, values.reshape(cut.left(rows).shape))
-    else:
-        values = values.reshape(rows.shape).copy()
+    """What becomes of the bytes at hand of the band `rows` of the longer tensor."""
+    resize = delta.resize(info.name)
+    values = np.frombuffer(bytes(raw), numpy_dtype(info.dtype))
+    values = values.reshape(_at_hand(resize, rows, side).shape).copy()
+    if resize:
+        values = resize.spread(_OTHER[side], rows, values)
     for number in _regions_of(delta, info.name):
         region = delta.record.regions[number].region
         if region.overlaps(rows):
             part = region.intersection(rows)
             values[part.within(rows)] = delta.region(number, side)[part.within(region)]
-    return (cut.take(rows, values) if cut and side == "after" else values).tobytes()
+    return (resize.take(side, rows, values) if resize else values).tobytes()
 
 
 def _appended(
     checkpoint: Checkpoint, delta: Delta, info: TensorInfo, side: Side
 ) -> Iterator[bytes]:
     """The bytes of a tensor the checkpoint at hand lacks, edits included."""
-    new = next(new for new in delta.added() if new.name == info.name)
-    _check_cut(delta, new.shape, info)
+    new = next((new for new in delta.added() if new.name == info.name), None)
+    resize = delta.resize(info.name)
+    if new is None or (resize and resize.longer == "after"):
+        raise CheckpointError(f"{delta.path}: does not say what {quote(info.name)} begins as")
+    _check_resize(delta, new.shape, info)
     for rows in bands(replace(info, shape=new.shape, end=info.begin + new.nbytes)):
         if new.source is None:
             start = bytes(rows.size * numpy_dtype(info.dtype).itemsize)

@@ -284,10 +284,10 @@ def _same_bytes(editor: Editor, result: Checkpoint, name: str) -> bool:
 def _check_band(
     editor: Editor, result: Checkpoint, rows: Region, regions: list[Region]
 ) -> Finding | None:
-    name, plan, left = rows.tensor, editor.plan, editor.plan.left(rows)
+    name, plan, left = rows.tensor, editor.plan, editor.plan.region("after", rows)
     original = editor.stored(name, rows)
-    expected = plan.take(rows, editor.edited(rows, original))
-    stored, inside = (plan.take(rows, v) for v in (original, _inside(rows, regions)))
+    expected = plan.take("after", rows, editor.edited(rows, original))
+    stored, inside = (plan.take("after", rows, v) for v in (original, _inside(rows, regions)))
     found = result.read_rows(name, left)
     wrong = ~np.where(inside, _near(found, expected), _same_bits(found, stored))
     if not wrong.any():

@@ -23,6 +23,7 @@ from inputs import (
     write_vector,
 )
 from models import FAMILIES, MODELS, family_of
+from prunings import A_GROUP, DIVISOR, FREE, NO_FIELD, ONE_OF_EACH, THREE, pruned_neurons
 from recipes import HEADS, NEURONS, make_sae, sae_edit
 
 WIDTH = 32
@@ -72,7 +73,8 @@ WAYS = {
 class Case:
     """One edit of one model; `refused` is what the error says where it has no meaning.
 
-    Of a family it says what the family does or lacks, as `docs/coverage.md` repeats it.
+    Of a family it says what the family does or lacks, as `docs/coverage.md` repeats it. `of` tells
+    what is edited, where the fields of the edit do not.
     """
 
     model: str
@@ -81,6 +83,7 @@ class Case:
     refused: str = ""
     untie: bool = False
     files: Callable[[Path, Path], None] | None = None
+    of: str = ""
 
     def __str__(self) -> str:
         op = self.edit.get("patch", self.edit["op"])
@@ -88,7 +91,9 @@ class Case:
         keys = {"op", "sae", "patch", "features", "heads", "neurons", "file", "adapter", "at",
                 "vector", "with", "mean", "auroc"}  # fmt: skip
         rest = [f"{k}={v}" for k, v in self.edit.items() if k not in keys]
-        return "-".join([self.model, op, self.hook.replace("blocks.", ""), *rest])
+        return "-".join(
+            [self.model, op, self.hook.replace("blocks.", ""), *rest, *filter(None, [self.of])]
+        )
 
     @property
     def op(self) -> str:
@@ -102,11 +107,14 @@ class Case:
             fields["factor"] = "any"
         if "mean" in self.edit:
             fields = {"mean": "given"}
+        if "prune" in self.edit:
+            fields = {"prune": True}
         if "auroc" in self.edit:
             fields = {"method": self.edit["method"]}
         said = [
             f"{key}: {str(value).lower()}" for key, value in fields.items() if value is not False
         ]
+        said += [self.of] if self.of else []
         return f"`{self.op}`" + (f" {', '.join(said)}" if said else "")
 
     def prepare(self, folder: Path, base: Path) -> dict[str, Any]:
@@ -150,6 +158,16 @@ def mean_cases() -> Iterator[Case]:
                 edit, refused = {**edit, "neurons": EXPERT_NEURONS[model]}, "depends on the router"
             for factor in (0.0, -0.5):
                 yield Case(model, {**edit, "factor": factor}, refused=refused, files=write_means)
+
+
+def pruning_cases() -> Iterator[Case]:
+    for model in MODELS:
+        fixed = "" if model in (*FREE, *DIVISOR) else "has no head_dim"
+        yield Case(model, ONE_OF_EACH, refused=fixed)
+        for edit in (A_GROUP, THREE):
+            yield Case(model, edit, refused=fixed, of="whole key-value groups")
+        wide = "has no field for the width of the MLP" if model in NO_FIELD else ""
+        yield Case(model, pruned_neurons(model), refused=wide)
 
 
 GATED = (
@@ -209,12 +227,26 @@ def rank_one_cases() -> Iterator[Case]:
         edit = sae_edit("rank1", (2,), strength=-0.5, layers=[1], **allow)
         yield Case(model, edit, "blocks.0.hook_mlp_out")
         yield Case(model, sae_edit("rank1"), "blocks.1.attn.hook_z", refused="hooks 'attn.hook_z'")
-        # Of these, OPT alone has the ReLU that a feature has.
-        why = "keeps the shapes it had" if family_of(model) == "opt" else "neurons by "
-        yield Case(model, sae_edit("append_neuron"), post, refused=why)
     for model in (*RESCALED, "bloom"):
         edit = sae_edit("rank1")
         yield Case(model, edit, post, untie=True, refused="rank1 is not exact on")
+
+
+def neuron_cases() -> Iterator[Case]:
+    """With the family's usual activation, of which OPT alone has the one that a feature has."""
+    for model in MODELS:
+        relu = family_of(model) == "opt"
+        gated = "" if relu else "gates neurons otherwise than a feature's relu"
+        never = {
+            "mixtral": "has experts, of which a token passes only some",
+            **dict.fromkeys(("bloom", "mpt"), "has no config field for the width of its MLPs"),
+        }
+        for features, strength in (((1, 4, 7), 0.2), ((2,), -0.5)):
+            edit = sae_edit("append_neuron", features, strength=strength)
+            yield Case(model, edit, "blocks.0.mlp.input", refused=never.get(model, gated))
+        if relu:
+            elsewhere = "hooks 'hook_resid_post'; append_neuron on opt needs one of mlp.input"
+            yield Case(model, edit, "blocks.1.hook_resid_post", refused=elsewhere)
 
 
 def steering_cases() -> Iterator[Case]:
@@ -329,9 +361,11 @@ def meeting_refusal(model: str) -> str:
 CASES = [
     *scaling_cases(),
     *mean_cases(),
+    *pruning_cases(),
     *dampening_cases(),
     *projection_cases(),
     *rank_one_cases(),
+    *neuron_cases(),
     *steering_cases(),
     *written_cases(),
     *direction_cases(),

@@ -130,7 +130,8 @@ def write_factors(folder: Path, base: Path) -> None:
 
 def write_vector(folder: Path, base: Path) -> None:
     """A direction of the residual stream, not of norm 1."""
-    save_file({"d": random(32, size=3.0)}, folder / "d.safetensors")
+    width = identify(Checkpoint.open(base)).width
+    save_file({"d": random(width, size=3.0)}, folder / "d.safetensors")
 
 
 def write_means(folder: Path, base: Path) -> None:

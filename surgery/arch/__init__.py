@@ -1,7 +1,7 @@
 """Model families: facts as JSON, one file each, and `identify`, which maps a checkpoint to one."""
 
 from surgery.arch.families import FAMILIES
-from surgery.arch.identification import extend, identify
+from surgery.arch.identification import extend, identify, widened
 from surgery.arch.interface import Architecture
 from surgery.arch.roles import Band, BiasSlot, Reader, Role, Writer
 
@@ -15,4 +15,5 @@ __all__ = [
     "Writer",
     "extend",
     "identify",
+    "widened",
 ]

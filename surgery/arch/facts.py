@@ -93,6 +93,10 @@ class ModuleFact(_Facts):
     def per_expert(self) -> bool:
         return "{expert}" in self.path
 
+    def shape(self, kind: str) -> tuple[str, ...]:
+        """The shape of the weight or the bias in expressions of sizes, in stored order."""
+        return self.weight_shape() if kind == "weight" else self.bias_shape()
+
     def weight_shape(self) -> tuple[str, ...]:
         """The weight's shape in expressions of sizes, in stored order."""
         return {
@@ -173,7 +177,8 @@ class FamilyFacts(_Facts):
     `defaults` are config fields that facts consult and files may leave out, by their dotted path.
     `norms` lie before attention and MLP (`pre`), after what they add (`post`), or `both`.
     `norm_offset` is added to a norm's weight before it scales. `parallel`: attention and MLP read
-    the same stream. `aliases` maps how old files call a norm's parameters to their names.
+    the same stream. `clip` is the config field that, where set, bounds queries, keys and values.
+    `aliases` maps how old files call a norm's parameters to their names.
     """
 
     model_type: str
@@ -188,6 +193,7 @@ class FamilyFacts(_Facts):
     norms: Literal["pre", "post", "both"]
     norm_offset: int = 0
     parallel: bool = False
+    clip: str | None = None
     positions: Literal["learned", "rotary", "alibi"]
     rotary: RotaryFact = RotaryFact()
     scaled_embedding: bool = False

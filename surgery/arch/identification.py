@@ -61,6 +61,16 @@ def extend(arch: Architecture, config: Mapping[str, Any], names: Iterable[str]) 
     return replace(arch, settings=settings, roles={**arch.roles, **added}, tied=tied)
 
 
+def widened(arch: Architecture, grows: Mapping[str, int]) -> tuple[Architecture, dict[str, int]]:
+    """`arch` once the sizes `grows` are larger by so much, and the config fields that say so."""
+    fields = {
+        key: arch.sizes[name] + by for name, by in grows.items() for key in arch.config_keys(name)
+    }
+    config = {**arch.settings.config, **fields}
+    settings = replace(arch.settings, config=config)
+    return replace(arch, settings=settings, sizes=read_sizes(arch.facts, config)), fields
+
+
 def _has_head(facts: FamilyFacts, roles: Mapping[str, Role]) -> bool:
     """Whether a tied head can exist: in every decoder, and in encoders that store its parts."""
     return facts.kind == "decoder" or any(role.role.startswith("mlm_") for role in roles.values())
@@ -192,7 +202,7 @@ class _Family:
 
     def _check_shape(self, info: TensorInfo, role: Role) -> None:
         module = self.facts.modules[role.role]
-        names = module.bias_shape() if role.kind == "bias" else module.weight_shape()
+        names = module.shape(role.kind)
         expected = tuple(
             info.shape[axis] if size == "any" else evaluate(size, self.sizes)
             for axis, size in enumerate(names)

@@ -15,6 +15,8 @@ from surgery.arch.roles import Band, BiasSlot, Reader, Role, Writer
 from surgery.arch.settings import Settings
 from surgery.arch.sizes import evaluate
 
+MLP_INPUTS = ("gate_proj", "gate_up_proj", "up_proj")
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -66,11 +68,22 @@ class Architecture:
         return "q_norm" in self.facts.modules
 
     @property
+    def qkv_clip(self) -> bool:
+        """Whether queries, keys and values are clamped to a bound."""
+        return self.facts.clip is not None and bool(self.settings.get(self.facts.clip))
+
+    @property
     def activation(self) -> str:
         """The MLP's activation, as transformers calls it."""
         fact = self.facts.activation
         named = (fact.key and self.settings.get(fact.key)) or fact.default
         return fact.means.get(named, named)
+
+    @property
+    def mlp_inputs(self) -> tuple[str, ...]:
+        """The roles of the projections that enter an MLP, the one before the activation first;
+        none where there are only experts."""
+        return tuple(role for role in MLP_INPUTS if role in self.facts.modules)
 
     def name(
         self,
@@ -84,8 +97,7 @@ class Architecture:
 
     def shape(self, role: str, kind: str = "weight") -> tuple[int, ...]:
         """The stored shape of a role's weight or bias."""
-        module = self.facts.modules[role]
-        names = module.weight_shape() if kind == "weight" else module.bias_shape()
+        names = self.facts.modules[role].shape(kind)
         return tuple(evaluate(name, self.sizes) for name in names)
 
     def config_keys(self, size: str) -> tuple[str, ...]:
@@ -96,6 +108,14 @@ class Architecture:
             return self.config_keys(str(fact.default))
         there = [key for key in fact.keys if key in self.settings.config]
         return tuple(there or fact.keys[:1])
+
+    def growth(self, wide: Architecture) -> Iterator[tuple[str, int, int]]:
+        """Each tensor that is longer in `wide`, along which axis, and by how much."""
+        for tensor, role in self.roles.items():
+            for axis, name in enumerate(self.facts.modules[role.role].shape(role.kind)):
+                by = evaluate(name, wide.sizes) - evaluate(name, self.sizes) if name != "any" else 0
+                if by:
+                    yield tensor, axis, by
 
     def layers_of(self, role: str) -> tuple[int, ...]:
         """The layers that have `role`: all, or those with or without experts."""

@@ -27,7 +27,8 @@ from surgery.checkpoint.dtypes import BITS, numpy_dtype
 from surgery.checkpoint.files import open_regular, read_exactly, sha256_file
 from surgery.checkpoint.folder import CONFIG, RECEIPT, Checkpoint
 from surgery.checkpoint.header import Header, encode_header, read_header
-from surgery.checkpoint.layout import Cut, NewTensor
+from surgery.checkpoint.layout import NewTensor
+from surgery.checkpoint.resize import Resize, Side
 from surgery.checkpoint.sink import write_at
 from surgery.checkpoint.staging import lock, sync
 from surgery.errors import CheckpointError, OutputError, quote
@@ -35,8 +36,6 @@ from surgery.errors import CheckpointError, OutputError, quote
 KEY = "surgery_delta"
 SLACK = 4096
 """Spaces kept in the header for digests and the receipt, which are known only at the end."""
-
-Side = Literal["before", "after"]
 
 Factors = tuple[NDArray[np.float64], NDArray[np.float64]]
 """u [rows, rank] and v [rank, columns]: the change u·v of a matrix, before rounding."""
@@ -71,12 +70,14 @@ class AddedRecord(_Strict):
     source: str | None
 
 
-class CutRecord(_Strict):
-    """What the edited checkpoint keeps of a tensor; what it leaves out are regions too."""
+class ResizeRecord(_Strict):
+    """How a tensor's shape changes; what is pruned of it are regions too."""
 
     tensor: str
     axis: NonNegativeInt
+    size: NonNegativeInt
     kept: tuple[tuple[NonNegativeInt, NonNegativeInt], ...]
+    longer: Side
 
 
 class DeltaRecord(_Strict):
@@ -92,7 +93,7 @@ class DeltaRecord(_Strict):
     edited: dict[str, str]
     regions: tuple[RegionRecord, ...]
     added: tuple[AddedRecord, ...]
-    cuts: tuple[CutRecord, ...] = ()
+    resized: tuple[ResizeRecord, ...] = ()
     files: tuple[str, ...]
     headers: tuple[str, ...]
     lost: tuple[str, ...]
@@ -327,10 +328,10 @@ class Delta:
         for record in self.record.added:
             yield NewTensor(record.name, record.dtype, record.shape, record.file, record.source)
 
-    def cut(self, tensor: str) -> Cut | None:
-        """What the edited checkpoint keeps of a tensor; None where that is all of it."""
-        found = (record for record in self.record.cuts if record.tensor == tensor)
-        return next((Cut(record.axis, record.kept) for record in found), None)
+    def resize(self, tensor: str) -> Resize | None:
+        """How the shape of a tensor changes; None where it stays."""
+        found = (record for record in self.record.resized if record.tensor == tensor)
+        return next((Resize(r.axis, r.size, r.kept, r.longer) for r in found), None)
 
     def _bytes(self, name: str) -> bytearray:
         info = self.header.tensors[name]

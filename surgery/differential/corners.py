@@ -18,10 +18,19 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Pair:
-    """A checkpoint folder and the ONNX file that is said to be it."""
+    """A checkpoint folder and the ONNX file that is said to be it.
+
+    `initializers`: another folder than the file's own in which its external data lies.
+    """
 
     model: Path
     onnx: Path
+    initializers: Path | None = None
+
+    @property
+    def data(self) -> Path:
+        """The folder in which the ONNX file's external data lies."""
+        return self.initializers or self.onnx.parent
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,10 @@ def _models(pairs: Mapping[str, Pair], task: Task) -> Iterator[tuple[str, ModelR
         torch_corner, onnx_corner = EDGES[edge]
         yield torch_corner, ModelRef("torch", pair.model, task.name)
         yield torch_corner, ModelRef("torch", pair.model, task.name, "float64")
-        yield onnx_corner, ModelRef("onnxruntime", pair.onnx, task.name)
+        yield (
+            onnx_corner,
+            ModelRef("onnxruntime", pair.onnx, task.name, initializers=pair.initializers),
+        )
 
 
 def _job(model: ModelRef, workload: Workload, folder: Path, reference: bool) -> Job:

@@ -6,7 +6,7 @@ residual width. Scaling component i by α is exact
 - `ov`, on the head's part of the output projection: W_O(I − (1−α) v_i v_iᵀ). Keys and values that
   other heads share are not touched; what a value bias writes through the head is scaled too.
 - `qk`, on the head's queries: (I − (1−α) u_i u_iᵀ)W_Q, where queries and keys meet as they are:
-  not with rotary embedding, nor with norms of queries and keys. A query bias is not touched.
+  not with rotary embedding, norms of queries and keys, or bounds. A query bias is not touched.
 
 `fold_norm` finds the components of W_OV with the scale of the norm before attention in it, as
 TransformerLens has it (and, of a LayerNorm, without the mean, which it takes out).
@@ -66,6 +66,11 @@ def _refuse_qk(arch: Architecture, fold_norm: bool) -> None:
         raise EditError(
             f"circuit qk is not exact on {arch.family}, which turns queries and keys by their "
             "positions before they meet"
+        )
+    if arch.qkv_clip:
+        raise EditError(
+            f"circuit qk is not exact on this {arch.family}, which bounds queries and keys "
+            f"(config.json: {arch.facts.clip}) before they meet"
         )
 
 

@@ -102,10 +102,18 @@ class Edit(ABC):
         """New tensors and config fields this edit needs; most need none."""
         return Layout()
 
+    def grows(self) -> Mapping[str, int]:
+        """Which sizes of the model become larger and by how much, for instance `mlp_width`.
+
+        Every tensor along one grows by zeros at its end, and does so first: edits address and
+        compute tensors that have them. A tensor with several parts along one cannot grow so.
+        """
+        return {}
+
     def drops(self, arch: Architecture) -> tuple[Band, ...]:
         """What of its tensors the edited checkpoint leaves out, along which axis.
 
-        It is left out last: edits address and compute tensors in the shapes they have in the base.
+        It is left out last: edits address and compute tensors that have it.
         """
         return ()
 

@@ -295,8 +295,7 @@ def magnitude(change: Vectors) -> Array:
 def _has_vocabulary_rows(arch: Architecture, info: TensorInfo) -> bool:
     role = arch.roles[info.name]
     module = arch.facts.modules[role.role]
-    shape = module.weight_shape() if role.kind == "weight" else module.bias_shape()
-    return shape[0] == "vocab"
+    return module.shape(role.kind)[0] == "vocab"
 
 
 def _listed(problems: list[str], limit: int = 5) -> str:

@@ -13,15 +13,15 @@ With W_dec[i] the decoder row of feature i and Q an orthonormal basis of the cho
   norm 1 and e_i the encoder column in the model's units: Linear (I + s·DEᵀ)W; Conv1D, embeddings
   and biases W(I + s·EDᵀ). A linear approximation of a feature s times as strong: it drops the
   gate and the encoder's bias, so that the feature acts on every token, with either sign.
-- `append_neuron` is refused: one more neuron widens every MLP of the model, since one config field
-  gives the width of all, and an edited checkpoint keeps the shape of every tensor it had.
+- `append_neuron`: a neuron more of an MLP for each feature, gated as the feature is, for an
+  autoencoder of what that MLP reads: see `sae_neuron`.
 
 Projection is unconditional: it is not the ablation of a feature only where it is active.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field, NonNegativeInt
@@ -29,9 +29,11 @@ from pydantic import Field, NonNegativeInt
 from surgery.addresses import parse_layers
 from surgery.arch import Architecture
 from surgery.edits.autoencoders import Autoencoder, opened
-from surgery.edits.autoencoders.hooks import Point, point_of
+from surgery.edits.autoencoders.hooks import MLP_INPUT, Point, parse, point_of
+from surgery.edits.autoencoders.interface import refuse_transcoder
 from surgery.edits.interface import Edit, Fields, RecipeFiles
 from surgery.edits.projection import Vectors, basis, refuse_inexact
+from surgery.edits.sae_neuron import append
 from surgery.edits.sae_projection import Orthogonalize, RankOne, ZProject
 from surgery.edits.sae_steer import Z_SITE, steer
 from surgery.errors import EditError, RecipeError, quote
@@ -66,12 +68,12 @@ class SaeFields(Fields):
     def build(self, arch: Architecture, files: RecipeFiles) -> Edit:
         if len(set(self.features)) != len(self.features):
             raise RecipeError("a feature is named twice")
-        if self.patch == "append_neuron":
-            _refuse_neuron(arch)
         if self.patch not in ON_WRITERS and (self.layers is not None or self.approximate):
             raise RecipeError(f"layers and approximate have no meaning with patch {self.patch}")
         with opened(self.sae, files, pickle=self.pickle) as sae:
             point = point_of(sae, self.hook, arch)
+            if sae.writes is not None:
+                _check_writes(sae, sae.writes, point, arch, self.patch)
             _check_point(sae, point, arch, self.patch)
             rows = sae.decoder_rows(self.features)
             if self.center:
@@ -80,6 +82,8 @@ class SaeFields(Fields):
                 with np.errstate(over="ignore", invalid="ignore"):  # refused where it lands
                     vector = self.strength * rows.sum(axis=0) / sae.scale(self.patch)
                 return steer(point, arch, vector)
+            if self.patch == "append_neuron":
+                return append(sae, self.features, rows, self.strength, point.layer, arch)
             if self.patch == "z_project":
                 return ZProject(basis(rows), self.strength, point.layer)
             return self._on_writers(arch, sae, rows)
@@ -96,21 +100,6 @@ class SaeFields(Fields):
         return RankOne(columns.T.copy(), self.strength, layers, whole, units.T.copy())
 
 
-def _refuse_neuron(arch: Architecture) -> NoReturn:
-    """Raises `EditError`: why no neuron can stand for a feature in this model."""
-    if arch.activation == "relu":
-        reason = (
-            "one neuron more changes the shape of every MLP's tensors, and an edited checkpoint "
-            "keeps the shapes it had"
-        )
-    else:
-        reason = f"a feature is gated by relu and this model's neurons by {arch.activation}"
-    raise EditError(
-        f"append_neuron has no place in this {arch.family} model: {reason}; rank1 adds the feature "
-        "without its gate, steer_bias a constant amount of it"
-    )
-
-
 def _centered(rows: Vectors) -> Vectors:
     """`rows` [k, width] less the mean of each; raises `EditError` where nothing is left."""
     centered: Vectors = rows - rows.mean(axis=1, keepdims=True)
@@ -120,8 +109,26 @@ def _centered(rows: Vectors) -> Vectors:
     return centered
 
 
+def _check_writes(
+    sae: Autoencoder, writes: str, point: Point, arch: Architecture, patch: str
+) -> None:
+    """Raises `EditError` for a transcoder of anything but the MLP that gains neurons."""
+    if patch != "append_neuron":
+        refuse_transcoder(sae.path)
+    expected = Point(point.layer, "hook_mlp_out")
+    if parse(writes, arch) != expected:
+        raise EditError(
+            f"{sae.path}: reads {point} and writes {quote(writes)}; a transcoder whose features "
+            f"become neurons must write {expected}"
+        )
+
+
 def _check_point(sae: Autoencoder, point: Point, arch: Architecture, patch: str) -> None:
-    sites = {"z_project": (Z_SITE,), "steer_bias": tuple(arch.facts.steer)}
+    sites = {
+        "z_project": (Z_SITE,),
+        "steer_bias": tuple(arch.facts.steer),
+        "append_neuron": (MLP_INPUT,),
+    }
     expected = sites.get(patch, STREAM_SITES)
     if not expected:
         raise EditError(f"{arch.family} has no bias that could hold this steering")

@@ -1,104 +1,80 @@
-"""The checkpoint's own numbers as a captured graph's initializers."""
+"""From a graph of parameters without numbers to one whose every number is the checkpoint's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+import json
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
+from surgery.arch import identify
 from surgery.checkpoint import Checkpoint
+from surgery.checkpoint.dtypes import EDITABLE
 from surgery.errors import ExportError, OnnxError, quote
-from surgery.export.capture import ALIASES
-from surgery.export.names import find_tensor
-
-DTYPES: dict[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-}
-_FLOATS = ("F64", "F32", "F16", "BF16")
+from surgery.export.capture import PARAMETERS, PREFIX
+from surgery.export.expressions import Cast, Expression, Tensor, bands, cast, substitute
+from surgery.export.fold import Expressions
+from surgery.export.parameters import source, sources
 
 
-def bind(model: Any, checkpoint_dir: Path, dtype: str = "float32") -> dict[str, str]:
-    """Make every parameter initializer of `model` read its tensor from the checkpoint.
+def bind(model: Any, expressions: Expressions, checkpoint: Checkpoint) -> Expressions:
+    """Every initializer of `expressions` as an expression in tensors of `checkpoint`, in the
+    dtype the graph computes in. Reads headers alone, but for tensors that the config ties.
 
-    Tensors are read and cast to `dtype` one at a time, when the file is written. Initializers
-    that are no parameters (rotary frequencies, position tables) keep their captured values.
-    Returns initializer name to tensor name. Raises `ExportError` when a parameter has no tensor
-    or one of another shape, or when tensors the model ties differ on disk; `OnnxError` when a
-    finite value does not fit float16.
+    Raises `ExportError` when a parameter has no tensor or one of another shape, or when tensors
+    the model ties differ on disk.
     """
-    checkpoint = Checkpoint.open(checkpoint_dir)
-    aliases: dict[str, tuple[str, ...]] = model.meta[ALIASES]
+    known = sources(identify(checkpoint), model.metadata_props[PREFIX])
+    names: dict[str, list[str]] = json.loads(model.metadata_props[PARAMETERS])
+    used = {name for expression in expressions.values() for name in expression.tensors()}
+    made = {name: source(names[name], known, checkpoint) for name in sorted(used)}
     bound = {}
-    for name, value in model.graph.initializers.items():
-        if name in aliases:
-            tensor = _source(checkpoint, name, aliases[name])
-            _check(checkpoint, tensor, value, dtype)
-            value.const_value = _lazy(checkpoint, tensor, value)
-            bound[name] = tensor
+    for name, expression in expressions.items():
+        value = model.graph.initializers[name]
+        found = substitute(expression, made)
+        _check(checkpoint, found, name, tuple(value.shape.numpy()))
+        bound[name] = _computed(found, str(value.dtype.numpy()), checkpoint)
     return bound
 
 
-def _source(checkpoint: Checkpoint, name: str, aliases: tuple[str, ...]) -> str:
-    """The tensor of a parameter, by its own name or one that the model ties to it."""
-    near = [find_tensor(alias, checkpoint.tensors) for alias in (name, *aliases)]
-    found = list(dict.fromkeys(tensor for tensor in near if tensor is not None))
-    if not found:
-        raise ExportError(f"{checkpoint.root}: has no tensor for parameter {quote(name)}")
-    first = checkpoint.read_bytes(found[0]) if len(found) > 1 else b""
-    for other in found[1:]:
-        if checkpoint.read_bytes(other) != first:
-            raise ExportError(
-                f"{checkpoint.root}: the config ties {quote(found[0])} and {quote(other)}, but "
-                "they differ; set tie_word_embeddings to false"
-            )
-    return found[0]
+def unused(checkpoint: Checkpoint, bound: Expressions) -> tuple[str, ...]:
+    """The checkpoint tensors that no initializer is made of."""
+    used = {tensor for expression in bound.values() for tensor in expression.tensors()}
+    return tuple(sorted(set(checkpoint.tensors) - used))
 
 
-def _check(checkpoint: Checkpoint, tensor: str, value: Any, dtype: str) -> None:
-    info = checkpoint.info(tensor)
-    shape = tuple(value.shape.numpy())
-    if info.shape != shape or info.dtype not in _FLOATS:
+def refuse_overflow(bound: Expressions, checkpoint: Checkpoint) -> None:
+    """Raises `OnnxError` where a finite value of a tensor does not fit float16; band by band."""
+    half = np.dtype(np.float16)
+    for tensor in sorted({t for expression in bound.values() for t in expression.tensors()}):
+        if checkpoint.info(tensor).dtype == "F16":
+            continue
+        stored = Tensor(tensor)
+        for rows in bands(stored, checkpoint):
+            band = stored.rows(checkpoint, *rows)
+            lost = np.isfinite(band) & ~np.isfinite(cast(band, half))
+            if lost.any():
+                worst = float(np.abs(band[lost].astype(np.float64)).max())
+                raise OnnxError(
+                    f"{checkpoint.root}: tensor {quote(tensor)} holds {worst:g}, which does not "
+                    "fit float16 (largest 65504); export with --dtype float32"
+                )
+
+
+def _check(
+    checkpoint: Checkpoint, expression: Expression, name: str, expected: tuple[int, ...]
+) -> None:
+    shape = expression.shape(checkpoint)
+    stored = {checkpoint.info(tensor).dtype for tensor in expression.tensors()}
+    if shape != expected or not stored <= set(EDITABLE):
+        tensors = ", ".join(map(quote, expression.tensors()))
         raise ExportError(
-            f"{checkpoint.root}: tensor {quote(tensor)} is {info.dtype} {list(info.shape)}; "
-            f"the graph expects a float tensor {list(shape)}"
-        )
-    if value.dtype.numpy() != DTYPES[dtype]:
-        raise ExportError(f"initializer {quote(value.name)} is {value.dtype}; expected {dtype}")
-    if dtype == "float16":
-        _refuse_overflow(checkpoint, tensor)
-
-
-def _refuse_overflow(checkpoint: Checkpoint, tensor: str) -> None:
-    source = checkpoint.read(tensor)
-    lost = np.isfinite(source) & ~np.isfinite(cast(source, DTYPES["float16"]))
-    if lost.any():
-        worst = float(np.abs(source[lost].astype(np.float64)).max())
-        raise OnnxError(
-            f"{checkpoint.root}: tensor {quote(tensor)} holds {worst:g}, which does not fit "
-            "float16 (largest 65504); export with --dtype float32"
+            f"{checkpoint.root}: {tensors} gives {'/'.join(sorted(stored))} {list(shape)} for "
+            f"{quote(name)}; the graph expects a float tensor {list(expected)}"
         )
 
 
-def _lazy(checkpoint: Checkpoint, tensor: str, value: Any) -> Any:
-    import onnx_ir
-
-    dtype = value.dtype.numpy()
-
-    def read() -> Any:
-        return onnx_ir.tensor(cast(checkpoint.read(tensor), dtype), name=value.name)
-
-    make: Callable[..., Any] = onnx_ir.LazyTensor
-    return make(read, dtype=value.dtype, shape=value.shape, name=value.name)
-
-
-def cast(source: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """`source` in `dtype`, rounded once to nearest-even; overflow gives infinities, in silence."""
-    if source.dtype == ml_dtypes.bfloat16 and dtype == np.float16:
-        source = source.astype(np.float32)  # exact; ml_dtypes' own cast is not numpy's
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.ascontiguousarray(source.astype(dtype, copy=False))
+def _computed(expression: Expression, dtype: str, checkpoint: Checkpoint) -> Expression:
+    stored = {checkpoint.info(tensor).dtype for tensor in expression.tensors()}
+    same = {"float32": {"F32"}, "float16": {"F16"}, "float64": {"F64"}}[dtype]
+    return expression if stored == same else Cast(expression, dtype)

@@ -1,139 +1,271 @@
-"""A checkpoint's computation as an ONNX graph, through transformers' own exporter.
+"""A checkpoint's computation as an ONNX graph, from its config alone.
 
-The graph keeps the state-dict names of its parameters as initializer names (`optimize=False`
-upstream: nothing is folded, transposed or merged into them), so that `bind` can put the
-checkpoint's own numbers there.
+transformers' own exporter traces a model whose parameters have sizes and no numbers. With
+`optimize=False` upstream nothing is folded, transposed or merged into them, so that the graph
+keeps the state-dict names of its parameters as initializer names. Buffers such as rotary
+frequencies hold real values. Of many layers of one kind two are traced (see `stitch`).
 """
 
 from __future__ import annotations
 
-import re
+import json
+from collections import Counter
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from surgery.arch import Architecture, identify
+from surgery.checkpoint import Checkpoint
 from surgery.errors import ExportError, quote
-from surgery.export.load import load_model
+from surgery.export.load import load_skeleton
 from surgery.export.quiet import quiet
+from surgery.export.stitch import Layers, Unstitchable, scopes, stitch
 from surgery.export.tasks import Task, find_task
+from surgery.export.trace import trace
 
-BATCH = 2
-DEFAULT_OPSET = 20
-ALIASES = "surgery.aliases"
-"""Key in `Model.meta` (never written to a file): parameter name to all names of that tensor."""
+UNBOUND = "unbound"
+"""The external file that parameters of a captured graph name: they have no numbers yet."""
+PARAMETERS = "surgery.parameters"
+"""Key in the metadata: JSON, parameter name to all names of that tensor in the model."""
+PREFIX = "surgery.prefix"
+"""Key in the metadata: what the model puts before its base model's names."""
 
-_CACHE_NAME = re.compile(r"(input|output)\.past_key_values\.layers\.(\d+)\.(keys|values)")
 
+def capture(
+    model_dir: Path,
+    task: str,
+    opset: int = 20,
+    dtype: str = "float32",
+    *,
+    whole: bool = False,
+    report: Path | None = None,
+) -> Any:
+    """The `onnx_ir.Model` of the checkpoint's config for `task`, computing in `dtype`.
 
-def capture(model_dir: Path, task: str, opset: int = DEFAULT_OPSET, dtype: str = "float32") -> Any:
-    """The `onnx_ir.Model` of the checkpoint for `task`, computing in `dtype`.
-
-    Inputs and outputs have optimum's names; batch, length and cache length are symbolic. Raises
-    `ExportError` when the exporter fails or bakes one of them in, `CheckpointError` when the
-    model cannot be loaded.
+    Its parameters are external tensors of the file `UNBOUND`, which there is not. Inputs and
+    outputs have optimum's names; batch, length and cache length are symbolic. With `whole` every
+    layer is traced; `report` is a folder for torch's own report. Raises `ExportError` when the
+    exporter fails or bakes an axis in, `CheckpointError` when no model can be made of the config.
     """
+    arch = identify(Checkpoint.open(model_dir))
     wanted = find_task(task)
-    model = load_model(model_dir, wanted, dtype)
+    if not whole:
+        try:
+            return _capture(model_dir, arch, wanted, opset, dtype, report, whole=False)
+        except Unstitchable:
+            whole = True
+    return _capture(model_dir, arch, wanted, opset, dtype, report, whole=whole)
+
+
+def serialized(model: Any) -> bytes:
+    """A captured graph as the bytes of an ONNX protobuf: the same for the same graph."""
+    import onnx_ir
+
+    data: bytes = onnx_ir.to_proto(model).SerializeToString(deterministic=True)
+    return data
+
+
+def _capture(
+    model_dir: Path,
+    arch: Architecture,
+    task: Task,
+    opset: int,
+    dtype: str,
+    report: Path | None,
+    *,
+    whole: bool,
+) -> Any:
+    traced: list[int] = []
+    kinds: list[Hashable] = []
+
+    def shrink(config: Any) -> None:
+        kinds.extend(range(arch.layers) if whole else _kinds(config, arch))
+        traced.extend(_two_of_each(kinds))
+        if len(traced) < arch.layers:
+            _keep_layers(config, traced, arch)
+
+    skeleton, mode = load_skeleton(model_dir, task, dtype, shrink)
+    block = f"{_prefix(skeleton)}{arch.facts.block}"
     with quiet():
-        graph_model = _trace(model, wanted, opset, model_dir)
-        _rename(graph_model.graph)
-        _clean(graph_model)
-    _check_dynamic(graph_model.graph, wanted)
-    _name_axes(graph_model.graph)
-    graph_model.meta[ALIASES] = _aliases(model)
-    return graph_model
-
-
-def _trace(model: Any, task: Task, opset: int, model_dir: Path) -> Any:
-    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
-
-    inputs, shapes = _sample(model, task)
-    config = OnnxConfig(dynamic=True, optimize=False, opset_version=opset, dynamic_shapes=shapes)
+        model = trace(skeleton, mode, task, opset, model_dir, report)
+        parameters = _aliases(skeleton)
+        _unbind(model.graph, parameters, block)
+        _clean(model)
+    layers = _layers(kinds, traced, block)
     try:
-        return OnnxExporter().export(model, inputs, config).program
-    except Exception as error:  # torch.export and torch.onnx raise anything they like
-        reason = quote(f"{type(error).__name__}: {error}", 300)
-        raise ExportError(f"{model_dir}: the exporter failed: {reason}") from None
+        model.graph = stitch(model.graph, layers, parameters)
+    except Unstitchable:
+        if not whole:
+            raise
+    every = _every_layer(parameters, layers)
+    names = {name: every[name] for name in model.graph.initializers if name in every}
+    _check_dynamic(model.graph, task)
+    _name_axes(model.graph)
+    _settle_sizes(model.graph)
+    with quiet():
+        _clean(model)
+    _name(model.graph)
+    _forget(model)
+    model.metadata_props[PARAMETERS] = json.dumps(names, sort_keys=True)
+    model.metadata_props[PREFIX] = _prefix(skeleton)
+    return model
 
 
-def _sample(model: Any, task: Task) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Inputs to trace with, left-padded, and which of their axes are free.
-
-    The sizes differ from each other and from every number of the config: an axis that equals
-    one of those could be taken for it.
-    """
-    import torch
-
-    length, past = _unlike(model.config, 2)
-    axis = torch.export.Dim.AUTO
-    total = length + (past if task.cache else 0)
-    mask = torch.ones(BATCH, total, dtype=torch.int64)
-    mask[0, :2] = 0
-    ids = torch.arange(BATCH * length).reshape(BATCH, length) % 3
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, total - length :]
-    known = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    inputs: dict[str, Any] = {name: known[name] for name in task.inputs}
-    shapes: dict[str, Any] = {name: {0: axis, 1: axis} for name in task.inputs}
-    if task.cache:
-        inputs["past_key_values"] = _cache(model, past)
-        layers = 2 * len(inputs["past_key_values"].layers)
-        shapes["past_key_values"] = [{0: axis, 2: axis} for _ in range(layers)]
-    if task.causal:
-        inputs["use_cache"] = task.cache
-    return inputs, shapes
+def _kinds(config: Any, arch: Architecture) -> list[Hashable]:
+    """What tells layers of one model apart, for each."""
+    types = getattr(config, "layer_types", None) or [None] * arch.layers
+    return [(types[layer], layer in arch.sparse) for layer in range(arch.layers)]
 
 
-def _unlike(config: Any, count: int) -> list[int]:
-    taken = {value for value in config.to_dict().values() if isinstance(value, int)}
-    free = (size for size in range(5, 10_000) if size not in taken)
-    return [next(free) for _ in range(count)]
+def _two_of_each(kinds: Sequence[Hashable]) -> list[int]:
+    """The first two layers of each kind, in order."""
+    return [n for n, kind in enumerate(kinds) if kinds[:n].count(kind) < 2]
 
 
-def _cache(model: Any, past: int) -> Any:
-    """A cache of `past` random positions, in the sizes that the model's own cache has."""
-    import torch
-    from transformers import DynamicCache
-
-    probe = torch.zeros(1, 1, dtype=torch.int64)
-    with torch.no_grad():
-        own = model(input_ids=probe, use_cache=True).past_key_values
-    cache = DynamicCache(config=model.config)
-    for number, layer in enumerate(own.layers):
-        _, heads, _, width = layer.keys.shape
-        shape = (BATCH, heads, past, width)
-        cache.update(
-            torch.zeros(shape, dtype=model.dtype), torch.zeros(shape, dtype=model.dtype), number
-        )
-    return cache
+def _keep_layers(config: Any, kept: Sequence[int], arch: Architecture) -> None:
+    """Makes `config` that of a model which has only the layers `kept`."""
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in kept]
+    experts = arch.facts.experts
+    if experts and experts.dense:
+        dense = [new for new, layer in enumerate(kept) if layer not in arch.sparse]
+        setattr(config, experts.dense, dense)
+    if experts and experts.step:
+        setattr(config, experts.step, 1)
 
 
-def _rename(graph: Any) -> None:
-    for value in [*graph.inputs, *graph.outputs]:
-        match = _CACHE_NAME.fullmatch(value.name)
-        if match:
-            side, layer, part = match.groups()
-            stem = "past_key_values" if side == "input" else "present"
-            value.name = f"{stem}.{layer}.{'key' if part == 'keys' else 'value'}"
+def _layers(kinds: Sequence[Hashable], traced: Sequence[int], block: str) -> Layers:
+    own = [kinds[layer] for layer in traced]
+    second = {kind: n for n, kind in enumerate(own) if kind in own[:n]}
+    return Layers(
+        block,
+        tuple(own.index(kind) for kind in kinds),
+        tuple((own.index(kind), n) for kind, n in second.items()),
+    )
+
+
+def _settle_sizes(graph: Any) -> None:
+    """Every size of an input is read from the first input that has it, before all else: torch
+    reads it from any, in an order of its own."""
+    places = _first_places(graph)
+    sizes: dict[str, list[Any]] = {name: [] for name in places}
+    for node in list(graph):
+        start, end = _span(node)
+        if end == start + 1 and str(node.inputs[0].shape[start]) in sizes:
+            sizes[str(node.inputs[0].shape[start])].append(node)
+    for name, old in reversed(sizes.items()):
+        if old:
+            _read_first(graph, *places[name], old)
+
+
+def _first_places(graph: Any) -> dict[str, tuple[Any, int]]:
+    """Name of a free size to the first input that has it, and on which axis."""
+    places: dict[str, tuple[Any, int]] = {}
+    for value in graph.inputs:
+        for axis, size in enumerate(value.shape):
+            if not isinstance(size, int):
+                places.setdefault(str(size), (value, axis))
+    return places
+
+
+def _span(node: Any) -> tuple[int, int]:
+    """Which axes of a graph input a node reads the size of; none of other nodes."""
+    if node.op_type != "Shape" or not node.inputs[0].is_graph_input():
+        return 0, 0
+    start, end = (node.attributes.get(name) for name in ("start", "end"))
+    rank = len(node.inputs[0].shape)
+    return (start.as_int() if start else 0), (end.as_int() if end else rank)
+
+
+def _read_first(graph: Any, value: Any, axis: int, old: Sequence[Any]) -> None:
+    """One Shape of `value`, and one Squeeze of that, at the head of the graph for all of `old`."""
+    import onnx_ir
+
+    scope = {"metadata_props": dict(old[0].metadata_props)}
+    shape = onnx_ir.node("Shape", [value], {"start": axis, "end": axis + 1}, **scope)
+    scalar = onnx_ir.node("Squeeze", shape.outputs, **scope)
+    for node in old:
+        for user in list(node.outputs[0].consumers()):
+            if user.op_type == "Squeeze" and len(user.inputs) == 1:
+                user.outputs[0].replace_all_uses_with(scalar.outputs[0])
+                graph.remove(user, safe=True)
+        node.outputs[0].replace_all_uses_with(shape.outputs[0])
+        graph.remove(node, safe=True)
+    graph.insert_before(graph[0], [shape, scalar])
+
+
+def _aliases(model: Any) -> dict[str, tuple[str, ...]]:
+    by_tensor: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        by_tensor.setdefault(id(parameter), []).append(name)
+    return {name: tuple(names) for names in by_tensor.values() for name in names}
+
+
+def _prefix(model: Any) -> str:
+    """What the model puts before its base model's names; nothing where it is that model."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
+
+
+def _unbind(graph: Any, parameters: Collection[str], block: str) -> None:
+    """Parameters become placeholders; equal constants, which layers have each for itself, one."""
+    seen: dict[tuple[Any, ...], Any] = {}
+    for name, value in list(graph.initializers.items()):
+        if name in parameters:
+            value.const_value = placeholder(value)
+            continue
+        key = (value.dtype, tuple(value.shape), value.const_value.tobytes())
+        first = seen.setdefault(key, value)
+        if first is not value:
+            value.replace_all_uses_with(first)
+            del graph.initializers[name]
+        elif name.startswith(block.partition("{")[0]):
+            value.name = f"constant_{len(seen)}"
+
+
+def placeholder(value: Any) -> Any:
+    """The external tensor, of a file there is not, that stands for the numbers of `value`."""
+    import onnx_ir
+
+    return onnx_ir.ExternalTensor(UNBOUND, 0, None, value.dtype, shape=value.shape, name=value.name)
 
 
 def _clean(model: Any) -> None:
-    """Drop dead and doubled nodes, and every note about the machine that traced the graph."""
+    """Drop dead and doubled nodes."""
     from onnx_ir.passes import common
 
     for step in (
         common.IdentityEliminationPass(),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
-        common.ClearMetadataAndDocStringPass(),
     ):
         step(model)
-    model.metadata_props.clear()
-    model.graph.name = "main_graph"
+
+
+def _name(graph: Any) -> None:
+    """Nodes and values are called after the module they were traced in: torch's numbers would
+    differ with the layers that were traced."""
+    counts: Counter[str] = Counter()
+    kept = {*graph.inputs, *graph.outputs}
+    for node in graph:
+        stem = f"{(scopes(node) or ['graph'])[-1] or 'graph'}/{node.op_type}"
+        counts[stem] += 1
+        node.name = f"{stem}_{counts[stem]}"
+        for number, value in enumerate(node.outputs):
+            if value not in kept:
+                value.name = node.name if number == 0 else f"{node.name}.{number}"
 
 
 def _check_dynamic(graph: Any, task: Task) -> None:
     found = {value.name: value for value in [*graph.inputs, *graph.outputs]}
     layers = sum(name.startswith("past_key_values.") for name in found) // 2
-    expected = dict.fromkeys((*task.inputs, task.output), (0, 1))
+    expected: dict[str, tuple[int, ...]] = dict.fromkeys((*task.inputs, task.output), (0, 1))
+    if "position_ids" not in found:
+        expected.pop("position_ids", None)
+    if task.pooled and task.pooled in found:
+        expected[task.pooled] = (0,)
+    if task.rows:
+        expected[task.output] = (0,)
     for stem in ("past_key_values", "present") if task.cache else ():
         expected |= {
             f"{stem}.{n}.{part}": (0, 2) for n in range(layers) for part in ("key", "value")
@@ -173,8 +305,22 @@ def _number(size: Any) -> int:
     return size if isinstance(size, int) else int(str(size.value))
 
 
-def _aliases(model: Any) -> dict[str, tuple[str, ...]]:
-    by_tensor: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        by_tensor.setdefault(id(parameter), []).append(name)
-    return {name: tuple(names) for names in by_tensor.values() for name in names}
+def _forget(model: Any) -> None:
+    """Drop every note about the machine that traced the graph, and sizes of values within."""
+    from onnx_ir.passes import common
+
+    common.ClearMetadataAndDocStringPass()(model)
+    model.metadata_props.clear()
+    model.graph.name = "main_graph"
+    kept = {*model.graph.inputs, *model.graph.outputs}
+    for value in (v for node in model.graph for v in node.outputs if v not in kept):
+        value.shape = value.type = None
+
+
+def _every_layer(parameters: Mapping[str, Sequence[str]], layers: Layers) -> dict[str, list[str]]:
+    """The names of `parameters`, of traced layers, in all layers."""
+    return {
+        layers.renamed(name, traced, layer): [layers.renamed(n, traced, layer) for n in names]
+        for layer, traced in enumerate(layers.template)
+        for name, names in parameters.items()
+    }

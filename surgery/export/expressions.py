@@ -8,9 +8,10 @@ its operand.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import ml_dtypes
@@ -23,6 +24,8 @@ from surgery.checkpoint.dtypes import numpy_dtype
 from surgery.errors import InputError, quote
 
 Shape = tuple[int, ...]
+
+BAND_BYTES = 4 << 20
 
 
 class Expression(ABC):
@@ -271,6 +274,63 @@ class Fold(Expression):
         return {"fold": self.of.to_json(), "factor": self.factor, "offset": self.offset}
 
 
+@dataclass(frozen=True)
+class Item(Expression):
+    """Entry `index` of the first axis of `of`, without that axis."""
+
+    kind: ClassVar[str] = "item"
+    of: Expression
+    index: int
+
+    def shape(self, checkpoint: Checkpoint) -> Shape:
+        return self.of.shape(checkpoint)[1:]
+
+    def dtype(self, checkpoint: Checkpoint) -> np.dtype[Any]:
+        return self.of.dtype(checkpoint)
+
+    def rows(self, checkpoint: Checkpoint, start: int, stop: int) -> NDArray[Any]:
+        [item] = self.of.rows(checkpoint, self.index, self.index + 1)
+        found: NDArray[Any] = item[start:stop] if item.ndim else item
+        return found
+
+    def operands(self) -> tuple[Expression, ...]:
+        return (self.of,)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"item": self.of.to_json(), "index": self.index}
+
+
+def transpose(of: Expression) -> Expression:
+    """`Transpose(of)`; twice is not at all."""
+    return of.of if isinstance(of, Transpose) else Transpose(of)
+
+
+def item(of: Expression, index: int) -> Expression:
+    """`Item(of, index)`, without the stack it is taken from."""
+    if isinstance(of, Stack):
+        return of.parts[index]
+    if isinstance(of, Transpose):
+        return transpose(item(of.of, index))
+    return Item(of, index)
+
+
+def substitute(expression: Expression, known: Mapping[str, Expression]) -> Expression:
+    """`expression` with what `known` says in place of each tensor; `KeyError` where it does not."""
+    if isinstance(expression, Tensor):
+        return known[expression.name]
+    parts = tuple(substitute(operand, known) for operand in expression.operands())
+    match expression:
+        case Concat() | Stack():
+            return replace(expression, parts=parts)
+        case Cast() | Slice() | Fold():
+            return replace(expression, of=parts[0])
+        case Transpose():
+            return transpose(parts[0])
+        case Item():
+            return item(parts[0], expression.index)
+    raise TypeError(f"{type(expression).__name__} is no expression")
+
+
 def kinds(expression: Expression) -> tuple[str, ...]:
     """The transforms of an expression from the tensors outwards, each once; `none` for a tensor
     as it is stored."""
@@ -297,6 +357,8 @@ def _parse(fields: Mapping[str, Any]) -> Expression:
         return Cast(_parse(fields["cast"]), str(fields["to"]))
     if "transpose" in fields:
         return Transpose(_parse(fields["transpose"]))
+    if "item" in fields:
+        return Item(_parse(fields["item"]), int(fields["index"]))
     if "slice" in fields:
         numbers = (int(fields[key]) for key in ("axis", "start", "stop"))
         return Slice(_parse(fields["slice"]), *numbers)
@@ -305,6 +367,20 @@ def _parse(fields: Mapping[str, Any]) -> Expression:
     if "fold" in fields:
         return Fold(_parse(fields["fold"]), float(fields["factor"]), float(fields["offset"]))
     return Stack(tuple(map(_parse, fields["stack"])))
+
+
+def bands(
+    expression: Expression, checkpoint: Checkpoint, limit: int = BAND_BYTES
+) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of at most `limit` bytes each, and of one row at least, that cover it all."""
+    shape = expression.shape(checkpoint)
+    size = math.prod(shape) * expression.dtype(checkpoint).itemsize
+    if not shape or not size:
+        yield 0, shape[0] if shape else 0
+        return
+    height = max(1, limit * shape[0] // size)
+    for start in range(0, shape[0], height):
+        yield start, min(start + height, shape[0])
 
 
 def float_dtype(name: str) -> np.dtype[Any]:

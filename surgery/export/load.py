@@ -1,37 +1,46 @@
-"""A checkpoint folder as a live PyTorch model."""
+"""A checkpoint folder as a live PyTorch model, with its numbers or as a skeleton without them."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from surgery.arch import identify
 from surgery.checkpoint import Checkpoint
 from surgery.errors import CheckpointError, EnvironmentFault, quote
 from surgery.export.quiet import quiet
 from surgery.export.tasks import Task
+
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def load_model(model_dir: Path, task: Task, dtype: str) -> Any:
     """The transformers model of `model_dir` for `task`, in eval mode, on the CPU.
 
     `dtype` is torch's name of the one every parameter is cast to (`float32`, `float16`,
-    `float64`). Attention is `sdpa`: the eager one gives NaN in float64 on left-padded batches.
-    Raises `CheckpointError` when the folder is malformed, transformers refuses it, or a
-    parameter has no tensor in it, which transformers would fill with random numbers.
+    `float64`). Raises `CheckpointError` when the folder is malformed, transformers refuses it, or
+    a parameter has no tensor in it, which transformers would fill with random numbers.
     """
-    Checkpoint.open(model_dir)
-    with quiet():
-        try:
-            import torch
-            import transformers
-        except ImportError as error:
-            raise EnvironmentFault(f"PyTorch models need torch and transformers: {error}") from None
-        try:
-            model, loaded = _from_pretrained(transformers, model_dir, task, getattr(torch, dtype))
-        except Exception as error:  # transformers has no exception tree: anything may come out
-            reason = quote(f"{type(error).__name__}: {error}", 300)
-            raise CheckpointError(f"{model_dir}: transformers cannot load it: {reason}") from None
+    checkpoint = Checkpoint.open(model_dir)
+
+    def load(cls: Any, config: Any, torch: Any) -> Any:
+        return cls.from_pretrained(
+            model_dir,
+            config=config,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **_LOCAL,
+            **_implementation(cls),
+            # Kernels that multiply experts in groups know no float64.
+            **({"experts_implementation": "eager"} if _has_experts(cls) else {}),
+            **_pooling(cls, task, checkpoint),
+        )
+
+    model, loaded = _transformers(model_dir, task, load)
     missing = sorted(loaded["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -41,23 +50,94 @@ def load_model(model_dir: Path, task: Task, dtype: str) -> Any:
     return model.eval()
 
 
-def _from_pretrained(transformers: Any, model_dir: Path, task: Task, dtype: Any) -> Any:
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    config = transformers.AutoConfig.from_pretrained(model_dir, **local)
-    auto = transformers.AutoModelForCausalLM if task.causal else transformers.AutoModel
-    return auto.from_pretrained(
-        model_dir,
-        config=config,
-        dtype=dtype,
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        output_loading_info=True,
-        **local,
-        **({} if task.causal else _without_pooler(auto, config)),
-    )
+def load_skeleton(
+    model_dir: Path, task: Task, dtype: str, shrink: Callable[[Any], None]
+) -> tuple[Any, Any]:
+    """The model of `load_model` without a number in it, and the mode its parameters live in.
+
+    Parameters are fake tensors: sizes and no memory. Buffers, such as rotary frequencies, are
+    real. `shrink` may change the config before the model is made of it.
+    """
+    checkpoint = Checkpoint.open(model_dir)
+
+    def make(cls: Any, config: Any, torch: Any) -> Any:
+        shrink(config)
+        with _fake_parameters(torch) as mode:
+            model = cls._from_config(
+                config,
+                dtype=getattr(torch, dtype),
+                **_implementation(cls),
+                **_pooling(cls, task, checkpoint),
+            )
+        return model.eval(), mode
+
+    made: tuple[Any, Any] = _transformers(model_dir, task, make)
+    return made
 
 
-def _without_pooler(auto: Any, config: Any) -> dict[str, bool]:
-    """Many encoders have a pooler that no checkpoint fills and `last_hidden_state` skips."""
-    parameters = inspect.signature(auto._model_mapping[type(config)].__init__).parameters
-    return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
+def forward_inputs(model: Any, task: Task) -> tuple[str, ...]:
+    """The inputs of `task` that the model takes: ALiBi models have no use for positions."""
+    parameters = inspect.signature(model.forward).parameters
+    return tuple(name for name in task.inputs if name in parameters)
+
+
+def _transformers(model_dir: Path, task: Task, make: Callable[[Any, Any, Any], Any]) -> Any:
+    """`make(class, config, torch)`, with whatever comes out of transformers as one error."""
+    with quiet():
+        try:
+            import torch
+            import transformers
+        except ImportError as error:
+            raise EnvironmentFault(f"PyTorch models need torch and transformers: {error}") from None
+        try:
+            config = transformers.AutoConfig.from_pretrained(model_dir, **_LOCAL)
+            return make(_model_class(transformers, task, config), config, torch)
+        except Exception as error:  # transformers has no exception tree: anything may come out
+            reason = quote(f"{type(error).__name__}: {error}", 300)
+            raise CheckpointError(f"{model_dir}: transformers cannot load it: {reason}") from None
+
+
+def _model_class(transformers: Any, task: Task, config: Any) -> Any:
+    found = getattr(transformers, task.auto)._model_mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _implementation(cls: Any) -> dict[str, str]:
+    """How attention is computed: eager only where a class has nothing else, for in float64 that
+    gives NaN in rows that may attend nowhere."""
+    return {"attn_implementation": "sdpa" if cls._supports_sdpa else "eager"}
+
+
+def _has_experts(cls: Any) -> bool:
+    return bool(cls._can_set_experts_implementation())
+
+
+def _pooling(cls: Any, task: Task, checkpoint: Checkpoint) -> dict[str, bool]:
+    """Many encoders have a pooler that few checkpoints fill and `last_hidden_state` skips."""
+    if task.causal or "add_pooling_layer" not in inspect.signature(cls.__init__).parameters:
+        return {}
+    roles = {role.role for role in identify(checkpoint).roles.values()}
+    return {"add_pooling_layer": "pooler" in roles}
+
+
+@contextlib.contextmanager
+def _fake_parameters(torch: Any) -> Iterator[Any]:
+    """While entered, every parameter that a module registers becomes a fake tensor."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    register = torch.nn.Module.register_parameter
+
+    def fake(self: Any, name: str, parameter: Any) -> None:
+        if parameter is not None and not isinstance(parameter, FakeTensor):
+            with mode:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+            parameter = torch.nn.Parameter(empty, requires_grad=False)
+        register(self, name, parameter)
+
+    torch.nn.Module.register_parameter = fake
+    try:
+        yield mode
+    finally:
+        torch.nn.Module.register_parameter = register

@@ -44,9 +44,10 @@ def read(path: Path, initializers: Path | None = None) -> Any:
     return model
 
 
-def external_files(path: Path) -> list[str]:
+def external_files(path: Path, initializers: Path | None = None) -> list[str]:
     """Relative paths of the files that hold the initializers of the model at `path`."""
-    external = (t for t in read(path).graph.initializer if t.data_location == t.EXTERNAL)
+    tensors = read(path, initializers).graph.initializer
+    external = (tensor for tensor in tensors if tensor.data_location == tensor.EXTERNAL)
     return sorted({location(tensor, str(path))[0] for tensor in external})
 
 

@@ -16,32 +16,48 @@ class Task:
     """`inputs` in the order of the graph; `output` is the one that is compared.
 
     With `cache`, the graph also reads `past_key_values.N.key|value` and writes
-    `present.N.key|value`, both [batch, key-value heads, length, head size].
+    `present.N.key|value`, both [batch, key-value heads, length, head size]. `pooled` is a second
+    output [batch, width], of models that have it; `auto` the transformers class that makes the
+    model.
     """
 
     name: str
     inputs: tuple[str, ...]
     output: str
+    auto: str
     cache: bool = False
-    causal: bool = True
+    pooled: str | None = None
+
+    @property
+    def rows(self) -> bool:
+        """Whether its output is one row for each text, [batch, n], not one for each token."""
+        return self.auto == _CLASSIFIER
+
+    @property
+    def causal(self) -> bool:
+        """Whether it predicts the next token at every position."""
+        return self.auto == _CAUSAL
 
 
+_CLASSIFIER = "AutoModelForSequenceClassification"
+_CAUSAL = "AutoModelForCausalLM"
 CACHED = "causal-lm-with-past"
+_DECODER_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_ENCODER_INPUTS = ("input_ids", "attention_mask")
 
 TASKS: dict[str, Task] = {
-    "causal-lm": Task("causal-lm", ("input_ids", "attention_mask", "position_ids"), "logits"),
-    CACHED: Task(
-        CACHED,
-        ("input_ids", "attention_mask", "position_ids"),
-        "logits",
-        cache=True,
-    ),
-    "encoder": Task("encoder", ("input_ids", "attention_mask"), "last_hidden_state", causal=False),
+    task.name: task
+    for task in (
+        Task("causal-lm", _DECODER_INPUTS, "logits", _CAUSAL),
+        Task(CACHED, _DECODER_INPUTS, "logits", _CAUSAL, cache=True),
+        Task("encoder", _ENCODER_INPUTS, "last_hidden_state", "AutoModel", pooled="pooler_output"),
+        Task("sequence-classification", _ENCODER_INPUTS, "logits", _CLASSIFIER),
+    )
 }
 
 _OF_KIND = {
     "decoder": ("a decoder", ("causal-lm", CACHED)),
-    "encoder": ("an encoder", ("encoder",)),
+    "encoder": ("an encoder", ("encoder", "sequence-classification")),
 }
 """The tasks of a kind of family; the first is its default."""
 

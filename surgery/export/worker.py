@@ -1,4 +1,4 @@
-"""The child process of `onnxfile.check` and `export_in_child`: `python -m … job.json`."""
+"""The child process of `onnxfile.check` and `graphs.captured`: `python -m … job.json`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from surgery import process
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Does what `arguments["action"]` names, `check` or `export`; the answer is JSON."""
+    """Does what `arguments["action"]` names, `check` or `capture`; the answer is JSON."""
     if arguments["action"] == "check":
         return _check(arguments)
-    return _export(arguments)
+    return _capture(arguments)
 
 
 def _check(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -24,18 +24,19 @@ def _check(arguments: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _export(arguments: dict[str, Any]) -> dict[str, Any]:
-    from surgery.export import export
+def _capture(arguments: dict[str, Any]) -> dict[str, Any]:
+    from surgery.export.capture import capture, serialized
 
-    result = export(
+    report = arguments["report"]
+    graph = capture(
         Path(arguments["model_dir"]),
-        Path(arguments["output"]),
-        task=arguments["task"],
-        opset=arguments["opset"],
-        dtype=arguments["dtype"],
-        layout=arguments["layout"],
+        arguments["task"],
+        arguments["opset"],
+        arguments["dtype"],
+        report=Path(report) if report else None,
     )
-    return result.to_json()
+    Path(arguments["output"]).write_bytes(serialized(graph))
+    return {}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from surgery.export.load import load_model
+from surgery.export.load import forward_inputs, load_model
 from surgery.export.quiet import quiet
 from surgery.export.tasks import find_task
 from surgery.runtimes.interface import Arrays, IdArrays, ModelRef, Runtime
@@ -38,7 +38,7 @@ class TorchRuntime(Runtime):
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        return self._task.inputs
+        return forward_inputs(self._torch_model, self._task)
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -47,7 +47,7 @@ class TorchRuntime(Runtime):
         return (self._task.output, *cache)
 
     def infer_impl(self, inputs: IdArrays, split: int) -> Arrays:
-        feed = {name: self._torch.from_numpy(inputs[name]) for name in self._task.inputs}
+        feed = {name: self._torch.from_numpy(inputs[name]) for name in self.input_names}
         options = {"use_cache": self._task.cache} if self._task.causal else {}
         with quiet(), self._torch.no_grad(), self._precision():
             result = self._torch_model(**feed, **options)

@@ -75,6 +75,33 @@ def test_roles_that_facts_name_exist(family: str) -> None:
         assert facts.modules[steer.role].bias
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_bound_of_the_config_class_is_a_fact(family: str) -> None:
+    clip, written = facts_of(family).clip, config_class(family)().to_dict()
+    nested = [{f"{key}.{name}": 0 for name in v} for key, v in written.items() if type(v) is dict]
+    keys = [key for fields in (written, *nested) for key in fields if "clip" in key]
+    assert keys == ([] if clip is None else [clip])
+
+
+@pytest.mark.parametrize("bound", [0.5, 0.0, None])
+def test_a_bound_of_queries_keys_and_values_is_one_where_it_is_set(
+    bound: float | None, base_of: Callable[..., Path]
+) -> None:
+    """Whatever leaves the projection, the output projection then reads nothing beyond it."""
+    base = base_of("mpt", attn_config={"clip_qkv": bound})
+    arch, model = opened(base), load_model(base)
+    values = arch.module(model, "qkv_proj", 0)
+    values.register_forward_hook(lambda module, inputs, output: 100 * output)
+    read: list[float] = []
+    output = arch.module(model, "o_proj", 0)
+    output.register_forward_pre_hook(
+        lambda module, inputs: read.append(float(inputs[0].abs().max()))
+    )
+    logits(model)
+    assert arch.qkv_clip is bool(bound)
+    assert (max(read) <= 0.5 + 1e-6) is arch.qkv_clip
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_heads_can_be_pruned_where_facts_say_so(
     name: str, base_of: Callable[..., Path], tmp_path: Path

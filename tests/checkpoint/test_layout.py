@@ -17,7 +17,7 @@ from safetensors_files import header_of
 
 from surgery.addresses import Region
 from surgery.checkpoint import INDEX, Checkpoint, Header
-from surgery.checkpoint.layout import Cut
+from surgery.checkpoint.resize import Resize
 from surgery.plan import Plan
 
 EDITS = [HEADS, {**NEURONS, "factor": 0.5}]
@@ -129,30 +129,50 @@ def test_the_index_counts_added_tensors(base_of: Callable[..., Path], tmp_path: 
 
 
 @given(st.data())
-def test_a_cut_takes_and_spreads_any_band_of_any_axis(data: st.DataObject) -> None:
-    """Against numpy's own `delete` of the whole tensor."""
+def test_a_resize_takes_and_spreads_any_band_of_any_axis(data: st.DataObject) -> None:
+    """Against numpy's own `delete` of the whole tensor; growth is pruning the other way round."""
     shape = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple))
     axis = data.draw(st.integers(0, len(shape) - 1))
-    dropped = data.draw(st.sets(st.integers(0, shape[axis] - 1)))
+    size = shape[axis]
+    dropped = data.draw(st.sets(st.integers(0, size - 1)))
     first = data.draw(st.integers(0, shape[0] - 1))
     rows = Region.band("t", shape, 0, first, data.draw(st.integers(first + 1, shape[0])))
     whole = np.arange(1, math.prod(shape) + 1).reshape(shape)
-    cut, expected = Cut.without(axis, shape[axis], dropped), np.delete(whole, [*dropped], axis)
-    assert cut.shape(shape) == expected.shape
-    left = cut.take(rows, whole[rows.slices])
-    assert (left == expected[cut.left(rows).slices]).all()
-    back = cut.spread(rows, left)
+    resize, short, long = Resize.without(axis, size, dropped), "after", "before"
+    if data.draw(st.booleans()):
+        by = data.draw(st.integers(0, size))
+        dropped = {*range(size - by, size)}
+        resize, short, long = Resize.grown(axis, size - by, by), "before", "after"
+    expected = np.delete(whole, [*dropped], axis)
+    assert resize.shape(short, shape) == expected.shape
+    assert resize.shape(long, expected.shape) == shape
+    left = resize.take(short, rows, whole[rows.slices])
+    assert (left == expected[resize.region(short, rows).slices]).all()
     zeroed = whole.copy()
     zeroed[(slice(None),) * axis + ([*dropped],)] = 0
-    assert (back == zeroed[rows.slices]).all()
-    gone = {i for r in cut.dropped("t", shape) for i in range(r.start[axis], r.stop[axis])}
-    assert gone == dropped
-    assert cut.fits(shape, expected.shape)
+    assert (resize.spread(short, rows, left) == zeroed[rows.slices]).all()
+    assert resize.region(long, rows) == rows
+    for same in (resize.take, resize.spread):
+        assert (same(long, rows, whole[rows.slices]) == whole[rows.slices]).all()
+    missing = resize.missing("t", shape)
+    assert {i for r in missing for i in range(r.start[axis], r.stop[axis])} == dropped
+    both = (shape, expected.shape) if long == "before" else (expected.shape, shape)
+    assert resize.fits(*both)
+    assert resize.fits(*both[::-1]) is not bool(dropped)
 
 
 @pytest.mark.parametrize(
-    "cut",
-    [Cut(2, ((0, 2),)), Cut(0, ((0, 5),)), Cut(0, ((2, 1), (1, 4))), Cut(0, ((2, 3), (0, 1)))],
-)
-def test_ranges_that_are_none_do_not_fit(cut: Cut) -> None:
-    assert not cut.fits((4, 4), (2, 4))
+    ("axis", "size", "kept"),
+    [
+        (2, 4, ((0, 2),)), (0, 5, ((0, 2),)), (0, 4, ((0, 5),)), (0, 4, ((2, 1), (1, 4))),
+        (0, 4, ((2, 3), (0, 1))), (0, 4, ((0, 3),)), (1, 4, ((0, 2),)), (0, 4, ((1, 3), (4, 5))),
+    ],
+)  # fmt: skip
+def test_ranges_that_are_none_do_not_fit(
+    axis: int, size: int, kept: tuple[tuple[int, int], ...]
+) -> None:
+    assert Resize(0, 4, ((1, 3),), "before").fits((4, 4), (2, 4))
+    assert Resize(0, 4, ((1, 3),), "after").fits((2, 4), (4, 4))
+    assert not Resize(axis, size, kept, "before").fits((4, 4), (2, 4))
+    assert not Resize(axis, size, kept, "after").fits((2, 4), (4, 4))
+    assert not Resize(0, 4, ((1, 3),), "before").fits((4, 4), (2, 4, 1))

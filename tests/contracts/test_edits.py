@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from operator import sub
 from pathlib import Path
 
 import pytest
@@ -16,15 +18,30 @@ from cases import (
     direction_cases,
     mean_cases,
     merge_cases,
+    neuron_cases,
+    pruning_cases,
     spectrum_cases,
     written_cases,
 )
 from models import MODELS
 from oracles import assert_equivalent, assert_rounded_once, edited_logits, load_model, logits
-from recipes import HEADS, NEURONS, apply_edits, editor_of, make_sae, plan_of, sae_edit
+from recipes import (
+    HEADS,
+    NEURONS,
+    apply_edits,
+    editor_of,
+    make_sae,
+    plan_of,
+    sae_edit,
+    weight_files,
+)
 
+from surgery.arch.inspection import inspect
+from surgery.checkpoint import Checkpoint
+from surgery.console import plan_json, plan_text
 from surgery.edits import OPS
 from surgery.errors import EditError
+from surgery.plan import Plan
 from surgery.verify import verify
 
 
@@ -32,6 +49,33 @@ def test_every_registered_op_is_tried_on_every_model() -> None:
     assert {case.op for case in CASES} == set(OPS)
     tried = {(case.way, case.model) for case in CASES}
     assert tried == {(case.way, model) for case in CASES for model in MODELS}
+
+
+def assert_told(plan: Plan, output: Path) -> None:
+    """`plan` names every tensor with its role and its regions, or the shape that pruning leaves,
+    and the bytes that were written."""
+    told, text = plan_json(plan), plan_text(plan)
+    rows = {line.split()[0]: line.split()[1:3] for line in text.splitlines()}
+    found = {row.name: row for row in inspect(output).tensors}
+    written = 0
+    for tensor in told["tensors"]:
+        name = tensor["name"]
+        assert tensor["role"] == found[name].role
+        regions = [(region["start"], region["stop"]) for region in tensor["regions"]]
+        written += 4 * sum(math.prod(map(sub, stop, start)) for start, stop in regions)
+        if name in told["pruned"]:
+            assert told["pruned"][name] == list(found[name].shape)
+            assert f"{name} becomes {'×'.join(map(str, found[name].shape))} instead" in text
+        else:
+            assert rows[name] == [tensor["role"], str(len(regions))]
+    assert told["edited_bytes"] == written > 0
+    assert told["disk_bytes"] == sum(map(len, weight_files(output).values()))
+    changed = {
+        row.name
+        for row in inspect(plan.base.root).tensors
+        if plan.base.read_bytes(row.name) != Checkpoint.open(output).read_bytes(row.name)
+    }
+    assert changed <= {tensor["name"] for tensor in told["tensors"]}
 
 
 @pytest.mark.parametrize("case", MEANT, ids=str)
@@ -42,6 +86,7 @@ def test_edited_weights_do_what_the_hook_does(
     editor = editor_of(tmp_path, base_of(case.model), **fields)
     assert_equivalent(editor, tmp_path / "out")
     assert_rounded_once(editor, tmp_path / "out")
+    assert_told(editor.plan, tmp_path / "out")
     recipe = tmp_path / "recipe.json"
     assert verify(tmp_path / "out", base_of(case.model), recipe).findings == ()
 
@@ -61,6 +106,7 @@ BY_DTYPE = [
     Case("gpt2", {**HEADS, "factor": 0.3}),
     Case("bert", {**NEURONS, "factor": 0.3}),
     *(case for case in mean_cases() if case.model in ("gpt2", "llama") and not case.refused),
+    *(case for case in pruning_cases() if case.model in ("llama", "qwen3_moe")),
     *(case for case in dampening_cases() if case.model in ("gpt2", "phi3") and not case.refused),
     Case("llama", sae_edit("orthogonalize", strength=0.9), "blocks.1.hook_resid_post"),
     Case("qwen3", sae_edit("z_project"), "blocks.1.attn.hook_z"),
@@ -70,6 +116,7 @@ BY_DTYPE = [
         "blocks.1.hook_resid_post",
         untie=True,
     ),
+    *(case for case in neuron_cases() if case.model == "opt" and not case.refused),
     Case("llama", sae_edit("steer_bias"), "blocks.0.hook_mlp_out"),
     Case("gpt2", sae_edit("steer_bias"), "blocks.0.attn.hook_z"),
     *(case for case in written_cases() if case.model in ("gpt2", "qwen3")),
@@ -107,6 +154,7 @@ ADDING = [
         "blocks.1.hook_resid_post",
         untie=True,
     ),
+    Case("opt-unbiased", sae_edit("append_neuron", strength=0.2), "blocks.0.mlp.input"),
     Case("llama", sae_edit("steer_bias"), "blocks.1.hook_resid_post"),
     Case("qwen3", sae_edit("steer_bias"), "blocks.1.hook_attn_out"),
     *(

@@ -170,6 +170,19 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+def test_bounded_queries_are_refused_but_not_what_a_head_writes(
+    base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    edit = {"op": "head_spectrum", "heads": ["L0H0"], "components": [0]}
+    base = base_of("mpt", attn_config={"clip_qkv": 8.0})
+    said = r"this mpt, which bounds queries and keys \(config.json: attn_config.clip_qkv\)"
+    with pytest.raises(InputError, match=said):
+        plan_of(tmp_path, base, [{**edit, "circuit": "qk"}])
+    assert plan_of(tmp_path, base, [edit]).steps
+    unbounded = base_of("mpt", attn_config={"clip_qkv": None})
+    assert plan_of(tmp_path, unbounded, [{**edit, "circuit": "qk"}]).steps
+
+
 @pytest.mark.parametrize("why", REFUSED)
 def test_what_is_no_component_is_refused(
     why: str, base_of: Callable[..., Path], tmp_path: Path

@@ -96,6 +96,76 @@ def test_every_tensor_is_what_the_definition_says(
     assert verify(output, base, tmp_path / "recipe.json").findings == ()
 
 
+ROW = {
+    "base": [0.5, -1.25, 0.75, 2.0, -0.3, 0.1, -0.9, 1.5],
+    "other": [0.9, -1.0, 0.5, 2.7, -0.35, -0.4, -1.8, 1.4],
+    "third": [0.2, -1.1, 0.85, 2.4, -0.8, 0.7, -1.0, 0.8],
+}
+HALF = {"method": "ties", "density": 0.5}
+MERGEKIT: dict[str, tuple[dict[str, Any], list[float]]] = {
+    "linear, weights 1, 2, 1": (
+        merge({**OTHER, "weight": 2 / 4}, {**THIRD, "weight": 1 / 4}),
+        [0.625, -1.08749998, 0.649999976, 2.45000005, -0.449999988, 0.0, -1.375, 1.2750001],
+    ),
+    "task_arithmetic, weights 1.5, -0.5": (
+        METHODS["task_arithmetic"][1],
+        [1.25, -0.949999988, 0.324999988, 2.8499999, -0.124999985, -0.949999928, -2.19999981,
+         1.69999993],
+    ),
+    "task_arithmetic, weights 0.6, 0.3, normalize, lambda 0.8": (
+        merge(
+            {**OTHER, "weight": 0.8 * 0.6 / 0.9},
+            {**THIRD, "weight": 0.8 * 0.3 / 0.9},
+            method="task_arithmetic",
+        ),
+        [0.633333325, -1.07666671, 0.643333316, 2.48000002, -0.460000008, -0.00666668266,
+         -1.40666676, 1.25999999],
+    ),
+    "slerp, t 0.4": (
+        merge(OTHER, method="slerp"),
+        [0.668942094, -1.16475558, 0.658245385, 2.31029654, -0.324210107, -0.101737805, -1.27718997,
+         1.47892261],
+    ),
+    "ties, density 0.5": (
+        merge(OTHER, THIRD, **HALF),
+        [0.899999976, -1.25, 0.75, 2.56000018, -0.800000012, 0.699999988, -1.79999995, 0.800000012],
+    ),
+    "ties, density 1": (
+        merge(OTHER, THIRD, method="ties"),
+        [0.899999976, -1.04666662, 0.5, 2.56000018, -0.560000002, 0.699999988, -1.42666662, 1.12],
+    ),
+    "ties, weights 0.6, -0.35": (
+        merge({**OTHER, "weight": 0.6}, {**THIRD, "weight": -0.35}, **HALF),
+        [0.899999976, -1.25, 0.75, 2.70000005, -0.800000012, -1.9399997, -1.79999995, 0.800000012],
+    ),
+    "ties, normalize false, lambda 0.7": (
+        merge(
+            {**OTHER, "weight": 0.7 * 0.4}, {**THIRD, "weight": 0.7 * 0.35}, **HALF, normalize=False
+        ),
+        [0.611999989, -1.25, 0.75, 2.29400015, -0.422500014, 0.246999979, -1.15199995, 1.32850003],
+    ),
+}  # fmt: skip
+"""What mergekit 0.1.5 made of the three rows in float32, run once by itself; weights are 0.4 and
+0.35 where its options do not say."""
+
+
+@pytest.mark.parametrize("options", MERGEKIT)
+def test_mergekit_gives_the_same_numbers(
+    options: str, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    edit, expected = MERGEKIT[options]
+    for name, row in ROW.items():
+        shutil.copytree(base_of("llama", hidden_size=8), tmp_path / name)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        tensors["model.norm.weight"] = np.array(row, np.float32)
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+    edit = {**edit, "include": ["model.norm.weight"]}
+    output = apply_edits(tmp_path, tmp_path / "base", [edit])
+    assert np.abs(stored(output, "model.norm.weight") - np.float32(expected)).max() < 5e-7
+
+
 def test_a_weight_of_one_is_the_other_model(base_of: Callable[..., Path], tmp_path: Path) -> None:
     base = base_of("llama", "bfloat16")
     write_partners(tmp_path, base)

@@ -1,4 +1,7 @@
-"""Pruned checkpoints are the zeroed ones without zeros: stock transformers, bytes, way back."""
+"""Pruned checkpoints: what is gone, bytes, the way back, refusals.
+
+That what is left is the zeroed model is in `contracts`.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from cases import Case, pruning_cases
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import write_means
 from models import MODELS, config_of, family_of
-from oracles import (
-    NOISE_FACTOR,
-    assert_equivalent,
-    assert_rounded_once,
-    load_model,
-    logits,
-    noise,
+from oracles import load_model, logits
+from prunings import (
+    A_GROUP,
+    DIVISOR,
+    FREE,
+    NO_FIELD,
+    ONE_OF_EACH,
+    THREE,
+    pruned_neurons,
 )
-from recipes import apply_edits, editor_of, plan_of, snapshot, stored, write_recipe
+from recipes import apply_edits, plan_of, snapshot, stored, write_recipe
 
 from surgery import api
 from surgery.arch import identify
@@ -32,45 +37,9 @@ from surgery.console import plan_json, plan_text
 from surgery.errors import EditError, InputError, RecipeError
 from surgery.verify import verify
 
-FREE = ("mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma-biased", "phi3", "phi3-partial",
-        "mixtral")  # fmt: skip
-DIVISOR = ("llama", "llama-biased", "gemma2", "gemma3_text")
-"""Families whose config class wants the number of heads to divide the width; all others take a
-head's size from the width and can lose none."""
-NO_FIELD = ("bloom", "mpt")
-"""Families whose config has no field for the width of the MLP."""
-
-ONE_OF_EACH = {"op": "heads", "heads": ["L0H0", "L0H3", "L1H1", "L1H2"], "prune": True}
-"""One head of both key-value groups in both layers: two of four are left."""
-A_GROUP = {"op": "heads", "heads": ["L0H0", "L0H1", "L1H2", "L1H3"], "prune": True}
-"""A whole key-value group of both layers: two of four are left, with one key-value head."""
-THREE = {"op": "heads", "heads": ["L0H0", "L0H1", "L0H2", "L1H0", "L1H2", "L1H3"], "prune": True}
-"""A group and a head of the other: one is left."""
-
-
-def neurons(model: str) -> dict[str, Any]:
-    places = {"mixtral": ["L0E{}", "L1E{}"], "qwen3_moe": ["L1E{}"]}
-    chosen = {0: (0, 7, 8), 1: (39, 3, 20), 2: (1, 2, 3)}
-    names = [
-        f"{place.format(expert)}N{n}"
-        for place in places.get(model, ["L0", "L1"])
-        for expert in (range(3) if "{" in place else (int(place[1]),))
-        for n in chosen[expert]
-    ]
-    return {"op": "neurons", "neurons": names, "prune": True}
-
-
-CASES = [
-    *((model, edit) for model in (*FREE, *DIVISOR) for edit in (ONE_OF_EACH, A_GROUP, THREE)),
-    *((model, neurons(model)) for model in MODELS if model not in NO_FIELD),
-]
-
-
-def label(value: object) -> str:
-    if not isinstance(value, dict):
-        return str(value)
-    names = {id(ONE_OF_EACH): "one", id(A_GROUP): "group", id(THREE): "three"}
-    return names.get(id(value), "neurons")
+CASES = [case for case in pruning_cases() if not case.refused]
+HEADS_GONE = {id(ONE_OF_EACH): (2, 0), id(A_GROUP): (2, 1), id(THREE): (3, 1)}
+"""Of each layer: how many heads and key-value heads."""
 
 
 def zeroed(edit: dict[str, Any]) -> dict[str, Any]:
@@ -81,35 +50,20 @@ def parameters(folder: Path) -> int:
     return sum(math.prod(info.shape) for info in Checkpoint.open(folder).tensors.values())
 
 
-@pytest.mark.parametrize(("model", "edit"), CASES, ids=label)
-def test_what_is_left_is_the_zeroed_model(
-    model: str, edit: dict[str, Any], base_of: Callable[..., Path], tmp_path: Path
-) -> None:
-    base = base_of(model)
-    editor = editor_of(tmp_path, base, [edit])
-    assert_equivalent(editor, tmp_path / "out")
-    assert_rounded_once(editor, tmp_path / "out")
-    zero = apply_edits(tmp_path / "zero", base, [zeroed(edit)])
-    pruned = tmp_path / "out"
-    difference = logits(load_model(pruned)) - logits(load_model(zero))
-    assert np.abs(difference).max() <= NOISE_FACTOR * noise(base)
-    assert verify(pruned, base).findings == ()
-    identify(Checkpoint.open(pruned))
-
-
-@pytest.mark.parametrize(("model", "edit"), CASES, ids=label)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_weight_that_goes_is_counted(
-    model: str, edit: dict[str, Any], base_of: Callable[..., Path], tmp_path: Path
+    case: Case, base_of: Callable[..., Path], tmp_path: Path
 ) -> None:
     """By hand: what heads and neurons have of weights and biases."""
+    model, edit = case.model, case.edit
     base = base_of(model)
     output = apply_edits(tmp_path, base, [edit])
     sizes, config = identify(Checkpoint.open(base)).sizes, config_of(base)
+    assert identify(Checkpoint.open(output)).roles.keys() == Checkpoint.open(base).tensors.keys()
     width, dim = sizes["width"], sizes["head_dim"]
     if edit["op"] == "heads":
         biased = model in ("llama-biased", "qwen2", "gemma-biased")
-        rows = {"one": (2, 0), "group": (2, 1), "three": (3, 1)}[label(edit)]
-        heads, kv_heads = 2 * rows[0], 2 * rows[1]
+        heads, kv_heads = (2 * count for count in HEADS_GONE[id(edit)])
         gone = dim * (2 * heads + 2 * kv_heads) * width + biased * dim * (heads + 2 * kv_heads)
     else:
         gated = family_of(model) in ("llama", "mistral", "phi3", "mixtral") or model[:4] in (
@@ -156,7 +110,7 @@ def test_the_base_comes_back_and_the_edit_again_to_the_byte(
     write_means(tmp_path, base)
     edits = [
         {"op": "layers", "layers": [1], "factor": 0.5, "part": "mlp"},
-        neurons(model),
+        pruned_neurons(model),
     ]
     if model == "llama":
         mean = {"file": "means.safetensors"}
@@ -182,8 +136,8 @@ def test_a_flipped_bit_of_a_delta_never_gives_a_wrong_checkpoint(
     recipe, delta = write_recipe(folder, [A_GROUP]), folder / "d.safetensors"
     api.apply(recipe, base, folder / "edited", delta=delta)
     raw = bytearray(delta.read_bytes())
-    cuts = raw.index(b"cuts")
-    place = data.draw(st.integers(cuts, cuts + 700) | st.integers(0, len(raw) - 1))
+    resized = raw.index(b"resized")
+    place = data.draw(st.integers(resized, resized + 700) | st.integers(0, len(raw) - 1))
     raw[place] ^= 1 << data.draw(st.integers(0, 7))
     delta.write_bytes(raw)
     for way, source, expected in (
@@ -303,13 +257,15 @@ def test_what_no_config_can_say_is_refused_with_a_way_out(
             ),
         ]
     if model in NO_FIELD:
-        refused += [(neurons(model), f"{family}: .* no field for the width of the MLP")]
+        refused += [(pruned_neurons(model), f"{family}: .* no field for the width of the MLP")]
     else:
-        uneven = neurons(model)["neurons"][:-1]
-        refused += [({**neurons(model), "neurons": uneven}, "would lose 3 neurons, .* 2; each")]
+        uneven = pruned_neurons(model)["neurons"][:-1]
+        refused += [
+            ({**pruned_neurons(model), "neurons": uneven}, "would lose 3 neurons, .* 2; each")
+        ]
     if model == "llama":
         every = [f"L{layer}N{n}" for layer in (0, 1) for n in range(48)]
-        refused += [({**neurons(model), "neurons": every}, "would lose 48 .*, and not all")]
+        refused += [({**pruned_neurons(model), "neurons": every}, "would lose 48 .*, and not all")]
     for edit, said in refused:
         with pytest.raises(EditError, match=said) as caught:
             plan_of(tmp_path, base_of(model), [edit])
@@ -348,4 +304,4 @@ def test_what_is_left_out_cannot_be_changed(
     with pytest.raises((EditError, RecipeError), match=said):
         plan_of(tmp_path, base_of("qwen3"), edits, allow_overlap=True)
     if len(edits) == 2 and "prune" not in edits[1]:
-        assert plan_of(tmp_path, base_of("qwen3"), edits[::-1], allow_overlap=True).cuts
+        assert plan_of(tmp_path, base_of("qwen3"), edits[::-1], allow_overlap=True).resized

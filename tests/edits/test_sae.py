@@ -168,16 +168,15 @@ def test_a_module_path_is_the_point_where_its_output_is(
     live = load_model(base_of(model))
     layer = 0 if model == "qwen3_moe" else 1  # whose layer 1 has experts in place of an MLP
     paths = {
-        template.format(layer=layer): (side, site) for template, side, site in named_modules(arch)
+        (template.format(layer=layer), side): site for template, side, site in named_modules(arch)
     }
-    seen: dict[str, Any] = {}
+    seen: dict[tuple[str, str], Any] = {}
 
-    def keep(path: str) -> Any:
+    def keep(path: str, side: str) -> Any:
         def hook(module: Any, inputs: Any, output: Any) -> None:
-            side, _ = paths[path]
             value = inputs[0] if side == "input" else output
             value = value[0] if isinstance(value, tuple) else value
-            seen[path] = value.detach().clone()
+            seen[path, side] = value.detach().clone()
 
         return hook
 
@@ -192,15 +191,15 @@ def test_a_module_path_is_the_point_where_its_output_is(
                 "post", (out[0] if isinstance(out, tuple) else out).detach().clone()
             )
         )
-        for path in paths:
+        for path, side in paths:
             module = live.base_model.get_submodule(path)
-            stack.enter_context(module.register_forward_hook(keep(path)))
+            stack.enter_context(module.register_forward_hook(keep(path, side)))
         with torch.no_grad():
             live(input_ids=torch.arange(3, 10)[None])
     by_site: dict[str, list[Any]] = {}
-    for path, (side, site) in paths.items():
+    for (path, side), site in paths.items():
         assert parse(f"{path}.{side}", arch) == Point(layer, site)
-        value = seen[path].reshape(streams["pre"].shape[:2] + (-1,))
+        value = seen[path, side].reshape(streams["pre"].shape[:2] + (-1,))
         by_site.setdefault(site, []).append(value)
     for values in by_site.values():
         for value in values[1:]:

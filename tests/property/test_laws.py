@@ -210,12 +210,12 @@ def test_pruning_only_takes_zeros_out(
     apply_plan(plan, folder / "pruned")
     for name in Checkpoint.open(zero).tensors:
         before, after = (stored(side, name) for side in (zero, folder / "pruned"))
-        if name in plan.cuts:
-            cut = plan.cuts[name]
-            kept = np.concatenate([np.arange(*run) for run in cut.kept])
-            before = before.take(kept, cut.axis)
+        if name in plan.resized:
+            resize = plan.resized[name]
+            kept = np.concatenate([np.arange(*run) for run in resize.kept])
+            before = before.take(kept, resize.axis)
         assert before.tobytes() == after.tobytes() and before.shape == after.shape, name
-    assert len(plan.cuts) >= 4
+    assert len(plan.resized) >= 4
 
 
 def test_a_nan_in_the_source_outside_the_region_is_kept_bit_for_bit(

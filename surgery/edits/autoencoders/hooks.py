@@ -1,7 +1,12 @@
 """Hook points, as TransformerLens calls them or by the path of a module.
 
 `blocks.3.hook_resid_post` and `model.layers.3` are one place: the output of block 3. A path stands
-for the module's output unless it ends in `.input`; `.output` may be said.
+for the module's output unless it ends in `.input`; `.output` may be said. What the first matrix of
+an MLP reads is `blocks.3.mlp.input`, or the input of the MLP or of that matrix, or the output of
+the norm before it. TransformerLens calls that `blocks.3.ln2.hook_normalized` (`ln1` where attention
+reads the same, or where norms follow what blocks write) in a model that is loaded without
+processing, but for an RMS norm, whose weight it applies after the hook: there the name means
+nothing here.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from surgery.arch import Architecture
 from surgery.edits.autoencoders.interface import Autoencoder
 from surgery.errors import EditError, quote
 
+MLP_INPUT = "mlp.input"
 _NAME = re.compile(r"blocks\.(\d{1,6})\.([A-Za-z0-9_.]+)")
 _OUTPUTS = {"o_proj": "hook_attn_out", "down_proj": "hook_mlp_out"}
 _STREAM = {"o_proj": "hook_resid_mid", "down_proj": "hook_resid_post"}
@@ -65,7 +71,22 @@ def parse(name: str, arch: Architecture) -> Point | None:
         if match and at == side:
             return Point(int(match[1]), site)
     match = _NAME.fullmatch(name)
-    return Point(int(match[1]), match[2]) if match else None
+    if match is None:
+        return None
+    site = MLP_INPUT if match[2] == _normalized(arch) else match[2]
+    return Point(int(match[1]), site)
+
+
+def _normalized(arch: Architecture) -> str | None:
+    """What TransformerLens calls the normalised stream that the MLP reads."""
+    if arch.facts.norm == "rms":
+        return None
+    return "ln2.hook_normalized" if _norm_before(arch) == "mlp_norm" else "ln1.hook_normalized"
+
+
+def _norm_before(arch: Architecture) -> str:
+    """The role of the norm whose output the MLP reads."""
+    return arch.facts.modules[arch.mlp_inputs[0]].norm or "attention_norm"
 
 
 def named_modules(arch: Architecture) -> Iterator[tuple[str, str, str]]:
@@ -86,6 +107,18 @@ def named_modules(arch: Architecture) -> Iterator[tuple[str, str, str]]:
                 yield around, "output", _STREAM[role] if adds else site
         elif facts.norms == "both":
             yield facts.modules[module.norm].path, "output", site
+    if arch.mlp_inputs:
+        yield from _before_mlp(arch)
+
+
+def _before_mlp(arch: Architecture) -> Iterator[tuple[str, str, str]]:
+    """The same for the modules that give or take what the MLP reads."""
+    facts, first = arch.facts, arch.facts.modules[arch.mlp_inputs[0]].path
+    around = first.rpartition(".")[0]
+    yield facts.modules[_norm_before(arch)].path, "output", MLP_INPUT
+    yield from ((facts.modules[role].path, "input", MLP_INPUT) for role in arch.mlp_inputs)
+    if around != facts.block:
+        yield around, "input", MLP_INPUT
 
 
 def _unknown(name: str, arch: Architecture) -> str:

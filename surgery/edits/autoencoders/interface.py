@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,13 +70,14 @@ class Stored:
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """An autoencoder of one activation.
+    """An autoencoder of one activation, or a transcoder, which writes another than it reads.
 
     `tensors` are those of `W_enc` [d, n], `b_enc` [n], `W_dec` [n, d], `b_dec` [d] and
     `threshold` [n] or [] that the format has; `threshold` is one that the config gives for all.
     `hook` is the hook point as the files name it, None where they do not; `layer` what they say of
     it beside that. `input_scale` is None where x is scaled by what no file holds. `centered`: the
-    encoder sees s·x − b_dec.
+    encoder sees s·x − b_dec. `writes` is the hook point a transcoder writes, "" where its files do
+    not name it, and None for an autoencoder.
     """
 
     path: Path
@@ -87,6 +88,7 @@ class Autoencoder:
     input_scale: float | None = 1.0
     threshold: float | None = None
     centered: bool = False
+    writes: str | None = None
 
     def __post_init__(self) -> None:
         """Raises `CheckpointError` for tensors of shapes that do not fit together."""
@@ -128,6 +130,18 @@ class Autoencoder:
     def encoder_columns(self, features: Sequence[int]) -> Vectors:
         """W_enc[:, features] as stored, float64 [len(features), d]; raises like `decoder_rows`."""
         return self._vectors("W_enc", "column", 1, features)
+
+    def vector(self, name: str) -> Vectors:
+        """`b_enc` [n] or `b_dec` [d], float64; zeros where the format has none.
+
+        Raises `EditError` where it is not finite.
+        """
+        if name not in self.tensors:
+            return np.zeros(self.latents if name == "b_enc" else self.width)
+        vector = self.tensors[name].read().astype(np.float64)
+        if not np.isfinite(vector).all():
+            raise EditError(f"{self.path}: {name} holds NaN or infinities")
+        return vector
 
     def _vectors(self, name: str, noun: str, axis: int, features: Sequence[int]) -> Vectors:
         if name not in self.tensors:
@@ -198,10 +212,15 @@ class Config:
     def refuse_transcoder(self, told: bool) -> None:
         """Raises `EditError` if the config has `told` that it is one."""
         if told:
-            raise EditError(
-                f"{self.path}: is a transcoder, which reads one activation and writes another; "
-                "expected an autoencoder of one"
-            )
+            refuse_transcoder(self.path)
+
+
+def refuse_transcoder(path: Path) -> NoReturn:
+    """Raises `EditError`."""
+    raise EditError(
+        f"{path}: is a transcoder, which reads one activation and writes another; "
+        "expected an autoencoder of one"
+    )
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,15 @@
 
 The hook point is `metadata.hook_name` (SAELens 6), or `hook_name` or `hook_point` (before it). A
 scale that `normalize_activations` names and that is not folded in was measured on data and is in
-no file.
+no file. A transcoder (`architecture: transcoder`) names what it writes in `hook_name_out` and has a
+b_dec of that, which its encoder never subtracts; one with a skip connection is refused.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from surgery.edits.autoencoders.interface import Autoencoder, Folder, Format, stored
+from surgery.edits.autoencoders.interface import Autoencoder, Config, Folder, Format, stored
 
 _TENSORS = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
 _UNSCALED = (None, False, "none")
@@ -21,7 +22,9 @@ class SaeLens(Format):
     def read(self, folder: Folder) -> Autoencoder:
         cfg, file = folder.config(self.files[0]), folder.weights(self.files[1])
         architecture = cfg.text("architecture") or "standard"
-        cfg.refuse_transcoder("transcoder" in architecture or "W_skip" in file.tensors)
+        cfg.refuse_transcoder(architecture == "skip_transcoder" or "W_skip" in file.tensors)
+        writes = _writes(cfg) if architecture.endswith("transcoder") else None
+        architecture = architecture.removesuffix("transcoder").rstrip("_") or "standard"
         plain = cfg.text("activation_fn_str") or cfg.text("activation_fn") or "relu"
         hook = cfg.text("metadata", "hook_name") or cfg.text("hook_name") or cfg.text("hook_point")
         sae = Autoencoder(
@@ -30,7 +33,12 @@ class SaeLens(Format):
             plain if architecture == "standard" else architecture,
             hook,
             input_scale=1.0 if cfg.get("normalize_activations") in _UNSCALED else None,
-            centered=cfg.get("apply_b_dec_to_input") is not False,
+            centered=writes is None and cfg.get("apply_b_dec_to_input") is not False,
+            writes=writes,
         )
         cfg.check_sizes(sae, ["d_sae"], ["d_in"])
         return sae
+
+
+def _writes(cfg: Config) -> str:
+    return cfg.text("hook_name_out") or cfg.text("metadata", "hook_name_out") or ""

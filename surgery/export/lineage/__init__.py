@@ -37,17 +37,24 @@ from surgery.export.lineage.uses import uses
 __all__ = ["CLAIMS", "Fault", "Lineage", "Row", "render", "trace"]
 
 
-def trace(onnx: Path, model: Path, progress: Progress | None = None) -> Lineage:
+def trace(
+    onnx: Path,
+    model: Path,
+    initializers: Path | None = None,
+    progress: Progress | None = None,
+) -> Lineage:
     """What every initializer of the main graph of `onnx` is, of the tensors of `model`.
 
-    Memory follows tiles of a few MiB. Raises `OnnxError` for a file that `onnxfile.check` refuses
-    or a malformed `lineage.json`, `CheckpointError` for a malformed checkpoint.
+    `initializers` is the folder of its external data, where that is not its own. Memory follows
+    tiles of a few MiB. Raises `OnnxError` for a file that `onnxfile.check` refuses or a malformed
+    `lineage.json`, `CheckpointError` for a malformed checkpoint.
     """
-    onnxfile.check(onnx)
-    graph = onnxfile.read(onnx).graph
+    onnxfile.check(onnx, initializers=initializers)
+    graph = onnxfile.read(onnx, initializers).graph
+    folder = initializers or onnx.parent
     checkpoint = Checkpoint.open(model)
     tracer = _tracer(checkpoint, graph, read_claims(onnx, checkpoint))
-    found = {t.name: stored_initializer(t, onnx.parent) for t in graph.initializer}
+    found = {t.name: stored_initializer(t, folder) for t in graph.initializer}
     readable = {name: stored for name, stored in found.items() if stored is not None}
     traced = _trace_all(tracer, readable, progress)
     rest = {name: Traced(Row(name, UNMATCHED)) for name in found if name not in traced}
@@ -60,10 +67,11 @@ def _tracer(checkpoint: Checkpoint, graph: Any, claims: Mapping[str, Expression]
     arch = _arch(checkpoint)
     stored = dict(_readable(checkpoint))
     sampler = Sampler(stored)
-    known: list[Expression] = [Tensor(name) for name in stored if stored[name].is_float]
-    derived = [*known, *(forms(arch) if arch else ())]
+    tensors: list[Expression] = [Tensor(name) for name in stored if stored[name].is_float]
+    derived = forms(arch) if arch else ()
+    catalogue = Catalogue(sampler, dict.fromkeys([*tensors, *derived]))
     expected = Expectations(checkpoint, arch, sampler, uses(graph), claims)
-    return Tracer(checkpoint, arch, Catalogue(sampler, derived), expected, Shards.of(checkpoint))
+    return Tracer(checkpoint, arch, catalogue, expected, Shards.of(checkpoint))
 
 
 def _arch(checkpoint: Checkpoint) -> Architecture | None:

@@ -11,7 +11,7 @@ from typing import Any
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.files import parse_json_object, read_small
 from surgery.errors import CheckpointError, InputError, OnnxError, quote
-from surgery.export.expressions import Concat, Expression, Fold, Slice, Stack, from_json
+from surgery.export.expressions import Concat, Expression, Fold, Item, Slice, Stack, from_json
 from surgery.export.lineage.result import PROVEN, Lineage, Row
 
 CLAIMS = "lineage.json"
@@ -48,6 +48,8 @@ def read_claims(onnx: Path, checkpoint: Checkpoint) -> dict[str, Expression]:
 
 def _entries(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     entries = document.get("initializers")
+    if isinstance(entries, dict):
+        entries = [{"name": name, "expression": entry} for name, entry in entries.items()]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise InputError("initializers: expected a list of objects")
     names = [entry.get("name") for entry in entries]
@@ -93,6 +95,9 @@ def _check(
 def _check_kind(expression: Expression, shapes: list[tuple[int, ...]]) -> None:
     if isinstance(expression, Slice):
         _check_slice(expression, shapes[0])
+    elif isinstance(expression, Item):
+        if not shapes[0] or not 0 <= expression.index < shapes[0][0]:
+            raise InputError(f"there is no entry {expression.index} in a stack {list(shapes[0])}")
     elif isinstance(expression, Concat):
         axis = expression.axis
         rest = {(*shape[:axis], *shape[axis + 1 :]) for shape in shapes}

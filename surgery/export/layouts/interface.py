@@ -1,0 +1,52 @@
+"""What a layout does: make an ONNX graph of a captured one, and put it in its place."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from surgery.checkpoint import Checkpoint
+from surgery.export.fold import Expressions
+
+MODEL = "model.onnx"
+LINEAGE = "lineage.json"
+Stages = Callable[[str], None]
+"""Called with the name of a stage as it begins."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is exported: a checkpoint for a task (a name of `TASKS`), computing in `dtype`
+    (`float32` or `float16`), into the folder `output`."""
+
+    checkpoint: Checkpoint
+    output: Path
+    task: str
+    opset: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a layout wrote: each file of the folder with its bytes, and what every initializer is
+    made of."""
+
+    sizes: dict[str, int]
+    bound: Expressions
+
+
+class Layout(ABC):
+    """One way to lay out an exported model."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def folder(self, model_dir: Path, output: Path | None) -> Path:
+        """Where files go; raises `InputError` or `OutputError` for a place they cannot go to."""
+
+    @abstractmethod
+    def write(self, model: Any, request: Request, stage: Stages) -> Written:
+        """Write the captured `onnx_ir.Model`, which this may change, to `request.output`."""
