@@ -164,7 +164,7 @@ def lineage(model: AnyPath, onnx: AnyPath, *, progress: Progress | None = None) 
     """Which checkpoint tensor each initializer of `onnx` is, proven bit for bit."""
     from surgery.export.lineage import trace
 
-    return trace(Path(onnx), Path(model), progress)
+    return trace(Path(onnx), Path(model), progress=progress)
 
 
 def diff(

@@ -31,10 +31,6 @@ EMBEDDING = "model.embed_tokens.weight"
 ENCODER_BIAS = "encoder.layer.1.output.dense.bias"
 
 WRONG_VALUES: dict[str, tuple[str, Defect]] = {
-    "transposed square weight": (
-        "llama",
-        partial(mutants.change, name=QUERY, how=np.transpose),
-    ),
     "attention to padding, relative positions": ("llama", mutants.ignore_mask),
     "attention to padding, absolute positions": ("gpt2", mutants.ignore_mask),
     "attention to padding, encoder": ("bert", mutants.ignore_mask),
@@ -146,6 +142,16 @@ def test_swapped_weights_are_both_named_by_lineage(lab: Lab, plant: Plant) -> No
     report = lab.diff(case, onnx=plant(case.onnx, swap))
     swapped = {f.site for f in report.findings if f.symptom == "swapped"}
     assert swapped == {f"R_o/{QUERY}", f"R_o/{other}"}
+
+
+def test_a_transposed_square_weight_is_named_by_lineage_and_seen_in_the_output(
+    lab: Lab, plant: Plant
+) -> None:
+    case = lab.case("llama")
+    turn = partial(mutants.change, name=QUERY, how=np.transpose)
+    report = lab.diff(case, onnx=plant(case.onnx, turn))
+    assert finding(report, "lineage", "transposed").site == f"R_o/{QUERY}"
+    assert found(report) == {("lineage", "transposed"), ("conversion", "wrong value")}
 
 
 def test_a_changed_bias_is_named_by_lineage_and_seen_in_the_output(lab: Lab, plant: Plant) -> None:

@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from surgery.arch.interface import Architecture
 from surgery.checkpoint import Checkpoint
-from surgery.export.expressions import Expression, Tensor
+from surgery.export.expressions import Expression, Stack, Tensor, item
 from surgery.export.lineage.sampling import Sampler, turn
 from surgery.export.lineage.stored import Stored
 from surgery.export.lineage.uses import LOOKUP, PRODUCTS, Use
+from surgery.export.parameters import sources
 
 
 class Names:
-    """Tensors by name, as `names.find_tensor` finds them, looked up and not searched; and under
-    the prefix that a wrapper gave the model in place of the file's."""
+    """What names in a graph mean: tensors, and what a model in memory makes of them.
 
-    def __init__(self, tensors: Mapping[str, object], aliases: Mapping[str, str]) -> None:
-        self._names: dict[str, list[str]] = {}
-        for tensor in tensors:
-            bare = tensor.partition(".")[2]
-            self._names.setdefault(bare, []).append(tensor)
-        self._known, self._aliases = frozenset(tensors), aliases
+    As in `names.find_tensor`, a prefix may be lacking on either side, or be another.
+    """
 
-    def find(self, name: str) -> str | None:
-        """The tensor called `name`, or so but for a prefix that is lacking or another."""
+    def __init__(self, known: Mapping[str, Expression]) -> None:
+        self._known, self._bare = known, defaultdict[str, list[str]](list)
+        for name in known:
+            self._bare[name.partition(".")[2]].append(name)
+
+    def find(self, name: str) -> Expression | None:
+        """What the initializer `name` should be; also where it is `X.T`, or `X.3` of a stack X."""
         found = self._find(name)
-        return found or self._find(self._aliases.get(name, "")) or self._alias(name)
+        stem, _, last = name.rpartition(".")
+        if found is not None or not stem:
+            return found
+        if last == "T":
+            return self.find(stem)
+        whole = self._find(stem) if last.isdecimal() else None
+        is_entry = isinstance(whole, Stack) and int(last) < len(whole.parts)
+        return item(whole, int(last)) if whole is not None and is_entry else None
 
-    def _alias(self, name: str) -> str | None:
+    def _find(self, name: str) -> Expression | None:
         _, _, bare = name.partition(".")
-        return self._find(self._aliases.get(bare, ""))
-
-    def _find(self, name: str) -> str | None:
-        if name in self._known:
-            return name
-        _, _, bare = name.partition(".")
-        near = [*([bare] if bare in self._known else []), *self._names.get(name, ())]
-        near = near or list(self._names.get(bare, ()))
-        return near[0] if bare and len(near) == 1 else None
+        near = [name] if name in self._known else [bare] if bare in self._known else []
+        near = near or self._bare.get(name, []) or (self._bare.get(bare, []) if bare else [])
+        found = {self._known[other] for other in near}
+        return found.pop() if len(found) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Expectations:
     names: Names = field(init=False)
 
     def __post_init__(self) -> None:
-        names = Names(self.checkpoint.tensors, dict(_aliases(self.checkpoint, self.arch)))
+        names = Names(in_memory(self.checkpoint, self.arch))
         object.__setattr__(self, "names", names)
 
     def of(self, stored: Stored, name: str | None = None) -> Expectation | None:
@@ -70,11 +74,11 @@ class Expectations:
         if it was renamed since."""
         named = self.names.find(name or stored.name)
         if named is not None:
-            return Expectation(Tensor(named), "name")
+            return Expectation(named, "name")
         if stored.name in self.claims:
             return Expectation(self.claims[stored.name], "claim")
         used = next(self._used(stored), None)
-        return None if used is None else Expectation(Tensor(used), "use")
+        return None if used is None else Expectation(used, "use")
 
     def turned(self, stored: Stored, tensor: str) -> bool | None:
         """Whether the graph needs the tensor's matrix transposed in the initializer; None where
@@ -95,16 +99,13 @@ class Expectations:
         """Whether what the operator sees is the stored matrix transposed: y = xWᵀ of a Linear."""
         return use.op in PRODUCTS and not conv1d
 
-    def _used(self, stored: Stored) -> Iterator[str]:
+    def _used(self, stored: Stored) -> Iterator[Expression]:
         """Tensors of the modules that the initializer's users come from, of a shape that fits."""
         for use in self._telling(stored):
             for scope in use.scopes:
                 named = self.names.find(f"{scope}.weight")
-                if named is not None and fits(stored.shape, self._shape(named)):
+                if named is not None and fits(stored.shape, self.sampler.shape(named)):
                     yield named
-
-    def _shape(self, tensor: str) -> tuple[int, ...]:
-        return self.checkpoint.info(tensor).shape
 
 
 def fits(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
@@ -112,10 +113,14 @@ def fits(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
     return shape == other or (len(other) > 1 and shape == turn(other))
 
 
-def _aliases(checkpoint: Checkpoint, arch: Architecture | None) -> Iterator[tuple[str, str]]:
-    """What a graph may call a tensor that the file keeps under another name: the tied head."""
+def in_memory(checkpoint: Checkpoint, arch: Architecture | None) -> dict[str, Expression]:
+    """Every name that a tensor, or what a model in memory makes of some, can have."""
+    known: dict[str, Expression] = {name: Tensor(name) for name in checkpoint.tensors}
     if arch is None:
-        return
+        return known
+    for prefix in arch.facts.prefixes:
+        known = {**sources(arch, prefix), **known}
     tie = arch.facts.tie
     if arch.tied and arch.name(tie.head) not in checkpoint.tensors:
-        yield arch.name(tie.head), arch.name(tie.embed)
+        known[arch.name(tie.head)] = Tensor(arch.name(tie.embed))
+    return known

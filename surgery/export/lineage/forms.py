@@ -18,7 +18,8 @@ from surgery.arch.heads import PARTS, head_rows, part_start
 from surgery.arch.interface import Architecture
 from surgery.arch.roles import Role
 from surgery.arch.sizes import evaluate
-from surgery.export.expressions import Concat, Expression, Fold, Slice, Tensor
+from surgery.export.expressions import Concat, Expression, Fold, Slice, Stack, Tensor
+from surgery.export.parameters import sources
 
 _FUSIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("up_proj", "gate_proj"))
 TABLES = ("embed", "position_embed", "type_embed")
@@ -32,6 +33,9 @@ def forms(arch: Architecture) -> Iterator[Expression]:
         if module.parts:
             yield from _parts(arch, Tensor(tensor), role, module)
         yield from folds(arch, tensor)
+    for made in sources(arch, "").values():
+        yield made
+        yield from made.parts if isinstance(made, Stack) else ()
     for roles in _FUSIONS:
         if all(role in arch.facts.modules for role in roles):
             yield from _fusions(arch, roles)

@@ -18,6 +18,7 @@ from surgery.export.expressions import (
     Concat,
     Expression,
     Fold,
+    Item,
     Shape,
     Slice,
     Stack,
@@ -78,6 +79,9 @@ class Sampler:
             moved = at.copy()
             moved[:, expression.axis] += expression.start
             return self.sample(expression.of, moved)
+        if isinstance(expression, Item):
+            index = np.full((len(at), 1), expression.index, np.int64)
+            return self.sample(expression.of, np.concatenate((index, at), axis=1))
         if isinstance(expression, Stack):
             return self._gather(expression.parts, at[:, 0], at[:, 1:])
         if isinstance(expression, Concat):
@@ -122,6 +126,8 @@ def _shape(expression: Expression, shapes: list[Shape]) -> Shape:
     first = shapes[0]
     if isinstance(expression, Transpose):
         return turn(first)
+    if isinstance(expression, Item):
+        return first[1:]
     if isinstance(expression, Slice):
         axis = expression.axis
         return (*first[:axis], expression.stop - expression.start, *first[axis + 1 :])
