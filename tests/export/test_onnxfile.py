@@ -243,6 +243,8 @@ def test_all_three_readers_must_accept_a_file(tmp_path: Path) -> None:
     onnxfile.check(mistyped)
     with pytest.raises(OnnxError, match="onnxruntime"):
         onnxfile.check(mistyped, session=True)
+    with pytest.raises(OnnxError, match=r"onnx\.checker"):
+        onnxfile.check(mistyped, full=True)
 
 
 def test_a_checker_that_runs_out_of_time_has_refused(tmp_path: Path) -> None:
