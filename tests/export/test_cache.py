@@ -38,7 +38,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[Wanted]:
     data = onnx_ir.to_proto(model).SerializeToString()
     found: list[Wanted] = []
 
-    def trace(wanted: Wanted, limits: object) -> bytes:
+    def trace(wanted: Wanted, *rest: object) -> bytes:
         found.append(wanted)
         return bytes(data)
 
@@ -49,7 +49,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[Wanted]:
 def stages(wanted: Wanted) -> tuple[bool, list[str]]:
     """Whether the graph was cached, and the stages that were told."""
     told: list[str] = []
-    return captured(wanted, None, told.append)[1], told
+    return captured(wanted, stage=told.append)[1], told
 
 
 def test_the_second_export_starts_no_child_and_imports_no_torch(zoo: Zoo, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     wanted = Wanted(zoo.checkpoint("bert"), "encoder", 20, "float32")
     graph = cache.load(wanted.key())
     assert graph is not None
-    monkeypatch.setattr(graphs, "_trace", lambda wanted, limits: graph)
+    monkeypatch.setattr(graphs, "_trace", lambda *given: graph)
     (tmp_path / "file").write_text("mine")
     monkeypatch.setenv("SURGERY_CACHE", str(tmp_path / "file"))
     with in_this_process():

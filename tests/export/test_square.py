@@ -67,13 +67,14 @@ def export_of(model: Path, family: str, output: Path | None, layout: str) -> Pat
 def recomputed(original: Path, edited: Path) -> tuple[bytes, bytes]:
     """Graph and data of a portable export, the numbers of `edited` put in as its lineage says."""
     proto = onnx.load(str(original / "model.onnx"), load_external_data=False)
-    said = json.loads((original / LINEAGE).read_text())["initializers"]
+    rows = json.loads((original / LINEAGE).read_text())["initializers"]
+    said = {row["name"]: from_json(row["expression"]) for row in rows if row["expression"]}
     data = bytearray((original / "model.onnx.data").read_bytes())
     checkpoint = Checkpoint.open(edited)
     for tensor in proto.graph.initializer:
         if tensor.name not in said:
             continue
-        raw = np.ascontiguousarray(from_json(said[tensor.name]).read(checkpoint)).tobytes()
+        raw = np.ascontiguousarray(said[tensor.name].read(checkpoint)).tobytes()
         place = {entry.key: entry.value for entry in tensor.external_data}
         if place:
             begin, size = int(place["offset"]), int(place["length"])
