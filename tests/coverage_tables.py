@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from cases import CASES, HOOKS, Case
-from models import MODELS, family_of
-
-FAMILIES = tuple(model for model in MODELS if model == family_of(model))
-VARIANTS = tuple(model for model in MODELS if model not in FAMILIES)
+from exports import FAMILIES, PROVED, VARIANTS, verdict
+from models import family_of
 
 _TEXT = """# Coverage
 
@@ -44,9 +42,22 @@ Configs of a family whose tensors or blocks are others than its defaults give.
 
 {others}
 
+## Export
+
+{exports}
+
+- *linked* and *portable* are proven: logits, or the last hidden state, of ONNX Runtime are
+  PyTorch's within 8 times the float32 noise, of weights stored in float32 and in bfloat16, on
+  shapes unlike the traced one, one row, one token, and padding on either side.
+- *with a cache*: the same in two parts over the cache, and 32 greedy tokens one at a time are those
+  of transformers' `generate`, for prompts of unlike length in one batch.
+- *float16*: the graph computes in float16, within 32 of its roundings.
+- *stitched*: a graph of five layers made of two traced ones of each kind is the whole trace, to the
+  byte.
+
 ## Why
 
-Where something is refused, the family:
+Where something is refused, or gone round in an export, the family:
 
 {reasons}
 """
@@ -71,6 +82,7 @@ def coverage() -> str:
         "families": _table(CASES, FAMILIES, lambda case: case.way, notes),
         "hooks": _table(_steering(), FAMILIES, lambda case: f"`{_point(case)}`", notes),
         "others": _table(CASES, VARIANTS, lambda case: case.way, notes),
+        "exports": _exports(notes),
     }
     words = Counter(word for model in FAMILIES for word in verdicts(model))
     return _TEXT.format(
@@ -107,6 +119,15 @@ def _table(
     for name, by_model in cells.items():
         found = " | ".join(_cell(by_model[model], notes) for model in models)
         lines.append(f"| {name} | {found} |")
+    return "\n".join(lines)
+
+
+def _exports(notes: Notes) -> str:
+    lines = ["| | " + " | ".join(FAMILIES) + " |", "|---" * (len(FAMILIES) + 1) + "|"]
+    for column in PROVED:
+        said = [verdict(column, family) for family in FAMILIES]
+        cells = (f"{word} [{notes.number(why)}]" if why else word for word, why in said)
+        lines.append(f"| {column} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

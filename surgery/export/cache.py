@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -59,9 +60,10 @@ def store(key: str, facts: Mapping[str, Any], graph: bytes) -> None:
     head = canonical({**facts, "sha256": hashlib.sha256(graph).hexdigest()})
     try:
         folder().mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder(), delete=False) as file:
-            file.write(head + b"\n" + graph)
-        Path(file.name).replace(folder() / f"{key}{SUFFIX}")
+        with tempfile.TemporaryDirectory(dir=folder()) as scratch:
+            written = Path(scratch) / key
+            written.write_bytes(head + b"\n" + graph)
+            written.replace(folder() / f"{key}{SUFFIX}")
     except OSError:
         return
 
@@ -85,10 +87,9 @@ def entries() -> list[Entry]:
 
 def clear() -> int:
     """Removes every entry, and what a killed writer left; returns how many bytes that were."""
-    files = [path for path in folder().iterdir() if path.is_file()] if folder().is_dir() else []
+    files = [path for path in folder().rglob("*") if path.is_file()] if folder().is_dir() else []
     size = sum(path.stat().st_size for path in files)
-    for path in files:
-        path.unlink(missing_ok=True)
+    shutil.rmtree(folder(), ignore_errors=True)
     return size
 
 

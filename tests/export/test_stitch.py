@@ -14,10 +14,10 @@ from surgery.export.capture import serialized
 from surgery.export.stitch import Layers, Unstitchable, stitch
 from surgery.runtimes import RUNTIMES, ModelRef
 from tests.batches import BATCHES
-from tests.models import MODELS, Zoo, deep, family_of
+from tests.exports import ENCODERS, PROVED, STITCHED, VARIANTS, WINDOWED
+from tests.models import Zoo, deep, family_of
 
 PAST = "causal-lm-with-past"
-ENCODERS = ("bert", "roberta", "distilbert")
 SLIDING, WIDE = "sliding_attention", "full_attention"
 
 TELLING: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -35,18 +35,18 @@ TELLING: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 TASKS_OF = {
-    model: ("encoder",) if family_of(model) in ENCODERS else ("causal-lm", PAST) for model in MODELS
-}
-WINDOWED: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": 8},
-    "phi3": {"sliding_window": 8},
-    "mixtral": {"sliding_window": 8},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
-    "qwen3": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
+    model: ("encoder",) if family_of(model) in ENCODERS else ("causal-lm", PAST)
+    for model in (*PROVED[STITCHED], *VARIANTS)
 }
 FULL = {
-    f"{model}-{task}": (model, task, deep(model, 5)) for model in MODELS for task in TASKS_OF[model]
-} | {f"{m}-windowed": (m, PAST, {**deep(m, 5), **fields}) for m, fields in WINDOWED.items()}
+    f"{model}-{task}": (model, task, deep(model, 5))
+    for model in TASKS_OF
+    for task in TASKS_OF[model]
+} | {
+    f"{m}-windowed": (m, PAST, {**deep(m, 5), **fields})
+    for m, fields in WINDOWED.items()
+    if m != "gemma3_text"
+}
 
 
 @pytest.fixture
