@@ -65,6 +65,18 @@ def refuse_overflow(bound: Expressions, checkpoint: Checkpoint) -> None:
                 pass
 
 
+def refuse_infinite_constants(model: Any, bound: Expressions, checkpoint: Checkpoint) -> None:
+    """Raises `OnnxError` where a number of the graph's own, a limit or a mask, has become infinite
+    in float16; masks that transformers makes for float16 are finite there."""
+    for name in sorted(set(model.graph.initializers) - set(bound)):
+        constant = model.graph.initializers[name].const_value
+        if constant.dtype.name == "FLOAT16" and np.isinf(constant.numpy()).any():
+            raise OnnxError(
+                f"{checkpoint.root}: the graph has a constant {quote(name)} that does not fit "
+                "float16 (largest 65504); export with --dtype float32"
+            )
+
+
 def _halved(band: NDArray[Any], expression: Expression, checkpoint: Checkpoint) -> NDArray[Any]:
     half = cast(band, np.dtype(np.float16))
     lost = np.isinf(half) & np.isfinite(band)

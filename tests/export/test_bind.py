@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ExportError, OnnxError
-from surgery.export.bind import bind, numbers, refuse_overflow, unused
+from surgery.export.bind import bind, numbers, refuse_infinite_constants, refuse_overflow, unused
 from surgery.export.capture import PARAMETERS, PREFIX, placeholder
 from surgery.export.expressions import Cast, Concat, Stack, Tensor, Transpose
 from surgery.export.fold import Expressions
@@ -183,6 +183,22 @@ def test_float16_refuses_what_it_cannot_hold(base_of: Base, tmp_path: Path, valu
         list(numbers(found[NORM], checkpoint))
     with pytest.raises(OnnxError, match=message.replace("+", r"\+")):
         refuse_overflow(found, checkpoint)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(np.inf, "float16"), (-np.inf, "float32")])
+def test_a_constant_of_the_graph_may_not_be_infinite_in_float16(
+    base_of: Base, value: float, dtype: str
+) -> None:
+    checkpoint = Checkpoint.open(base_of("llama"))
+    model = graph({NORM: (32,)}, dtype)
+    found = bound(model, checkpoint.root)
+    tensor = onnx_ir.tensor(np.array(value, dtype), name="mask")
+    model.graph.register_initializer(onnx_ir.Value(name="mask", const_value=tensor))
+    if dtype == "float32":
+        refuse_infinite_constants(model, found, checkpoint)
+        return
+    with pytest.raises(OnnxError, match="constant 'mask' that does not fit float16"):
+        refuse_infinite_constants(model, found, checkpoint)
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan, 65504.0, 65519.0, 1e-9])

@@ -250,6 +250,18 @@ def outputs(model: Path) -> list[Any]:
     return [session.run(None, feed)[0] for feed in feeds]
 
 
+def test_float16_gives_what_float32_gives_but_for_its_rounding(
+    base_of: Base, exported: Path, tmp_path: Path
+) -> None:
+    """Masks, angles and epsilons included: padded batches give numbers, and near ones."""
+    result = export(base_of("llama-biased", "bfloat16"), tmp_path / "out", dtype="float16")
+    pairs = zip(BATCHES, outputs(result.model), outputs(exported / "model.onnx"), strict=True)
+    for batch, found, expected in pairs:
+        assert found.dtype == np.float16
+        real = batch.attention_mask == 1
+        np.testing.assert_allclose(found[real], expected[real], rtol=0, atol=1e-2)
+
+
 @pytest.mark.parametrize("opset", [OPSETS.start, OPSETS.stop - 1])
 def test_the_oldest_and_the_newest_opset_give_the_same_outputs(
     base_of: Base, exported: Path, tmp_path: Path, opset: int

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from surgery.checkpoint.parallel import Progress
 from surgery.checkpoint.staging import refuse_inside, refuse_occupied
-from surgery.export.bind import bind
+from surgery.export.bind import bind, refuse_infinite_constants
 from surgery.export.fold import fold
 from surgery.export.layouts.interface import Layout, Request, Stages, Written
 from surgery.export.optimise import optimise
@@ -36,4 +36,5 @@ class Portable(Layout):
         optimise(model, expressions)
         stage("bind")
         bound = bind(model, expressions, request.checkpoint)
+        refuse_infinite_constants(model, bound, request.checkpoint)
         return Written(write_folder(model, bound, request, stage, progress), bound)
