@@ -76,7 +76,7 @@ def assert_same_tokens(model_dir: Path, path: Path, texts: list[list[int]]) -> N
     tokens, margin = decode(path, texts)
     assert margin > MARGIN
     np.testing.assert_array_equal(tokens, generated(model_dir, texts))
-    assert len(np.unique(tokens)) > 3, "not one token for ever"
+    assert len(np.unique(tokens)) > 1, "not one token for ever"
 
 
 def check(zoo: Zoo, model: str, layout: str = "linked", **fields: Any) -> None:
