@@ -24,7 +24,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from measuring import Failed, Run, cool, run, warm, weight_bytes_read
+from measuring import Run, cool, run, warm, weight_bytes_read
+from rows import Row, compare, interleave, offers, spread, surgery, table
 
 # Nothing heavy is imported here, for the reason that tools/measuring.py gives.
 TOOLS = Path(__file__).resolve().parent
@@ -40,21 +41,6 @@ with torch.no_grad():
     model.model.layers[int(layer)].mlp.down_proj.weight[:, [int(c) for c in columns]] = 0
 model.save_pretrained(target)
 """
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; `holds` is None where the figure has no limit."""
-
-    figure: str
-    limit: str
-    measured: str
-    holds: bool | None
-    detail: str
-
-    def __str__(self) -> str:
-        mark = {True: "yes", False: "**no**", None: "–"}[self.holds]
-        return f"| {self.figure} | {self.limit} | {self.measured} | {mark} | {self.detail} |"
 
 
 @dataclass
@@ -93,42 +79,6 @@ class Bench:
         os.sync()
         for path in (file for folder in inputs for file in folder.rglob("*") if file.is_file()):
             warm(path) if self.cache == "warm" else cool(path)
-
-
-# ------------------------------------------------------------------------------------- running
-
-
-def interleave(bench: Bench, measures: dict[str, Callable[[], Run]]) -> dict[str, list[float]]:
-    """Seconds of each measure, in turn, the order reversed every other round."""
-    seconds: dict[str, list[float]] = {name: [] for name in measures}
-    for number in range(bench.runs):
-        for name in list(measures)[:: -1 if number % 2 else 1]:
-            seconds[name].append(measures[name]().seconds)
-    return seconds
-
-
-def compare(
-    figure: str, limit: float, seconds: dict[str, list[float]], ours: str, other: str
-) -> Row:
-    """The ratio of the medians of `ours` and `other`."""
-    ratio = statistics.median(seconds[ours]) / statistics.median(seconds[other])
-    detail = "; ".join(f"{name} {spread(seconds[name])}" for name in (ours, other))
-    return Row(figure, f"≤ {limit:g} ×", f"{ratio:.2f} ×", ratio <= limit, detail)
-
-
-def spread(seconds: list[float]) -> str:
-    median = statistics.median(seconds)
-    return f"{median:.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
-
-
-def surgery(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "surgery.cli", *map(str, arguments)]
-
-
-def offers(command: str, option: str = "") -> bool:
-    """Whether this version of `surgery` has the command, with the option."""
-    done = subprocess.run(surgery(command, "--help"), capture_output=True, check=False)
-    return done.returncode == 0 and option.encode() in done.stdout
 
 
 # ------------------------------------------------------------------------------------- recipes
@@ -200,41 +150,41 @@ def measure_transformers(bench: Bench, model: Path) -> Run:
 
 def row_neurons(bench: Bench) -> list[Row]:
     model = bench.model("llama-1.1b")
-    seconds = interleave(
-        bench,
+    runs = interleave(
+        bench.runs,
         {
             "apply": lambda: measure_apply(bench, model, "neurons"),
             "cp -r, sync -f": lambda: measure_copy(bench, model),
         },
     )
     figure = "`surgery apply`, three neurons, against `cp -r` + `sync -f`"
-    return [compare(figure, 1.5, seconds, "apply", "cp -r, sync -f")]
+    return [compare(figure, 1.5, runs, "apply", "cp -r, sync -f")]
 
 
 def row_transformers(bench: Bench) -> list[Row]:
     model = bench.model("llama-1.1b")
-    seconds = interleave(
-        bench,
+    runs = interleave(
+        bench.runs,
         {
             "apply": lambda: measure_apply(bench, model, "neurons"),
             "transformers": lambda: measure_transformers(bench, model),
         },
     )
     figure = "the same against transformers load-edit-save (which does not sync)"
-    return [compare(figure, 0.5, seconds, "apply", "transformers")]
+    return [compare(figure, 0.5, runs, "apply", "transformers")]
 
 
 def row_ablation(bench: Bench) -> list[Row]:
     model = bench.model("llama-1.1b")
-    seconds = interleave(
-        bench,
+    runs = interleave(
+        bench.runs,
         {
             "apply": lambda: measure_apply(bench, model, "ablation"),
             "cp -r, sync -f": lambda: measure_copy(bench, model),
         },
     )
     figure = "directional ablation of every `o_proj` and `down_proj` against `cp -r` + `sync -f`"
-    return [compare(figure, 4, seconds, "apply", "cp -r, sync -f")]
+    return [compare(figure, 4, runs, "apply", "cp -r, sync -f")]
 
 
 def row_memory(bench: Bench) -> list[Row]:
@@ -279,15 +229,15 @@ def row_verify(bench: Bench) -> list[Row]:
         bench.prepare([edited], [])
         return run(command)
 
-    seconds = interleave(
-        bench,
+    runs = interleave(
+        bench.runs,
         {
             "verify": lambda: measure(surgery("verify", edited)),
             "sha256sum": lambda: measure(["sha256sum", *files]),
         },
     )
     figure = "`surgery verify` against `sha256sum` of the folder"
-    return [compare(figure, 1.1, seconds, "verify", "sha256sum")]
+    return [compare(figure, 1.1, runs, "verify", "sha256sum")]
 
 
 def row_plan(bench: Bench) -> list[Row]:
@@ -366,12 +316,9 @@ ROWS: dict[str, Callable[[Bench], list[Row]]] = {
 # ---------------------------------------------------------------------------------------- main
 
 
-def attempt(bench: Bench, name: str) -> list[Row]:
-    """The rows of that name; a command that fails is a row that does not hold, not the end."""
-    try:
-        return ROWS[name](bench)
-    except Failed as failure:
-        return [Row(name, "", "failed", False, ascii(str(failure)))]
+def clear(work: Path) -> None:
+    for output in work.glob("out-*"):
+        shutil.rmtree(output)
 
 
 def main() -> int:
@@ -396,15 +343,7 @@ def main() -> int:
     bench = Bench(options.work.resolve(), options.runs, options.cache, models)
     print(f"`{' '.join(['bench_checkpoint.py', *sys.argv[1:]])}`")
     print(f"{os.cpu_count()} cores, {options.runs} runs in turn, {options.cache} cache, medians\n")
-    print("| figure | limit | measured | holds | detail |\n|---|---|---|---|---|", flush=True)
-    rows = []
-    for name in options.only or ROWS:
-        for row in attempt(bench, name):
-            print(row, flush=True)
-            rows.append(row)
-        for output in options.work.glob("out-*"):
-            shutil.rmtree(output)
-    return int(any(row.holds is False for row in rows))
+    return table(bench, ROWS, options.only or ROWS, lambda: clear(options.work))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 CHUNK = 8 << 20
@@ -26,26 +26,46 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class Run:
+    """`peak` is in bytes, the greatest of any one process; `peaks` that of each, by its command
+    line, where asked for."""
+
     seconds: float
     peak: int
-    """bytes"""
+    peaks: dict[str, int] = field(default_factory=dict)
 
 
-def run(command: Sequence[str], *, sample: bool = False) -> Run:
-    """Runs a command to its end; raises `Failed` with its words where it fails."""
+def run(
+    command: Sequence[str],
+    *,
+    sample: bool = False,
+    each: bool = False,
+    environment: Mapping[str, str] | None = None,
+) -> Run:
+    """Runs a command to its end; raises `Failed` with its words where it fails.
+
+    With `sample`, the peak is of the sum over the command and its descendants; with `each`, of
+    every one of them for itself as well.
+    """
     with tempfile.TemporaryFile() as words:
         begin = time.perf_counter()
-        child = subprocess.Popen(command, stdout=words, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(
+            command,
+            stdout=words,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+        )
         sampler = Sampler(child.pid) if sample else None
+        peaks = Peaks(child.pid) if each else None
         _, status, usage = os.wait4(child.pid, 0)
         seconds = time.perf_counter() - begin
         child.returncode = os.waitstatus_to_exitcode(status)
+        summed = sampler.stop() if sampler else 0
+        found = peaks.stop() if peaks else {}
         if child.returncode:
             words.seek(0)
             said = words.read().decode(errors="replace")[-2000:]
             raise Failed(f"{' '.join(command)}: exit {child.returncode}: {said}")
-    summed = sampler.stop() if sampler else 0
-    return Run(seconds, max(usage.ru_maxrss << 10, summed))
+    return Run(seconds, max(usage.ru_maxrss << 10, summed), found)
 
 
 class Sampler:
@@ -82,6 +102,44 @@ def resident(pid: int) -> int:
     except (OSError, IndexError):
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class Peaks:
+    """The greatest resident memory of each process below `pid`, by its command line, in bytes."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.found: dict[str, int] = {}
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._loop)
+        self.thread.start()
+
+    def stop(self) -> dict[str, int]:
+        self.ended.set()
+        self.thread.join()
+        return self.found
+
+    def _loop(self) -> None:
+        while not self.ended.wait(SAMPLE_SECONDS):
+            for pid in tree(self.pid):
+                command = command_line(pid)
+                self.found[command] = max(self.found.get(command, 0), high_water_mark(pid))
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def high_water_mark(pid: int) -> int:
+    """The most memory a process has had resident, in bytes; 0 for one that is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
 
 
 def warm(path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from surgery.arch import Architecture, identify
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ExportError, quote
+from surgery.export.axes import name_axes
 from surgery.export.load import load_skeleton
 from surgery.export.quiet import quiet
 from surgery.export.stitch import Layers, Unstitchable, scopes, stitch
@@ -100,7 +101,7 @@ def _capture(
     every = _every_layer(parameters, layers)
     names = {name: every[name] for name in model.graph.initializers if name in every}
     _check_dynamic(model.graph, task)
-    _name_axes(model.graph)
+    name_axes(model.graph)
     _settle_sizes(model.graph)
     with quiet():
         _clean(model)
@@ -281,40 +282,13 @@ def _check_dynamic(graph: Any, task: Task) -> None:
             raise ExportError(f"axis {fixed[0]} of {name} was fixed at {found[name].shape}")
 
 
-def _name_axes(graph: Any) -> None:
-    """Readable names for the free axes; torch numbers its symbols in an order of its own."""
-    import onnx_ir
-
-    total = "past_sequence_length + sequence_length"
-    cached = any(value.name.startswith("past_key_values.") for value in graph.inputs)
-    for value in [*graph.inputs, *graph.outputs]:
-        stem = value.name.partition(".")[0]
-        names = {0: "batch_size", 1: "sequence_length"}
-        if stem in ("past_key_values", "present"):
-            names = {0: "batch_size", 2: "past_sequence_length" if stem != "present" else total}
-        elif stem == "attention_mask" and cached:
-            names[1] = total
-        axes = enumerate(value.shape)
-        value.shape = onnx_ir.Shape(
-            [names[axis] if axis in names else _number(size) for axis, size in axes]
-        )
-
-
-def _number(size: Any) -> int:
-    """torch writes even a fixed axis as a symbol, whose name is then the number."""
-    return size if isinstance(size, int) else int(str(size.value))
-
-
 def _forget(model: Any) -> None:
-    """Drop every note about the machine that traced the graph, and sizes of values within."""
+    """Drop every note about the machine that traced the graph."""
     from onnx_ir.passes import common
 
     common.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
     model.graph.name = "main_graph"
-    kept = {*model.graph.inputs, *model.graph.outputs}
-    for value in (v for node in model.graph for v in node.outputs if v not in kept):
-        value.shape = value.type = None
 
 
 def _every_layer(parameters: Mapping[str, Sequence[str]], layers: Layers) -> dict[str, list[str]]:

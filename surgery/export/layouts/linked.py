@@ -137,8 +137,29 @@ class _Emitter:
     def replace(self, name: str, expression: Expression) -> None:
         """What reads initializer `name` reads `expression` from here on."""
         old = self._graph.initializers.pop(name)
-        new = self._value(expression)
-        old.replace_all_uses_with(new)
+        if isinstance(expression, Cast) and isinstance(expression.of, Tensor):
+            self._look_up(old, self._value(expression.of))
+        if old.uses():
+            old.replace_all_uses_with(self._value(expression))
+
+    def _look_up(self, table: Any, stored: Any) -> None:
+        """Lookups in `table` take rows as they are stored, and cast those: ONNX Runtime would cast
+        the whole table when it loads the graph, and keep both."""
+        import onnx_ir
+
+        for node, position in list(table.uses()):
+            if (node.op_type, position) != ("Gather", 0):
+                continue
+            node.replace_input_with(0, stored)
+            rows = node.outputs[0]
+            users = list(rows.uses())
+            cast = onnx_ir.node("Cast", [rows], {"to": table.dtype}, name=f"{node.name}/Cast")
+            value = cast.outputs[0]
+            value.name, value.shape, value.type = rows.name, rows.shape, rows.type
+            rows.name, rows.type = f"{rows.name}/stored", stored.type
+            for user, index in users:
+                user.replace_input_with(index, value)
+            self._graph.insert_after(node, cast)
 
     def _value(self, expression: Expression) -> Any:
         if expression not in self._made:
