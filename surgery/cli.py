@@ -274,6 +274,8 @@ def cache() -> None:
     """Captured graphs: exports of one config share a graph, whatever the weights.
 
     They lie below SURGERY_CACHE, else XDG_CACHE_HOME/surgery, else ~/.cache/surgery.
+
+    Example: surgery cache list
     """
 
 

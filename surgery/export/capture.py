@@ -19,6 +19,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import ExportError, quote
 from surgery.export.axes import name_axes
 from surgery.export.load import load_skeleton
+from surgery.export.narrow import compute_wide
 from surgery.export.quiet import quiet
 from surgery.export.stitch import Layers, Unstitchable, scopes, stitch
 from surgery.export.tasks import Task, find_task
@@ -91,6 +92,7 @@ def _capture(
         model = trace(skeleton, mode, task, opset, model_dir, report)
         parameters = _aliases(skeleton)
         _unbind(model.graph, parameters, block)
+        compute_wide(model.graph)
         _clean(model)
     layers = _layers(kinds, traced, block)
     try:

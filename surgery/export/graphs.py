@@ -16,7 +16,7 @@ from surgery.errors import ExportError
 from surgery.export import cache
 from surgery.export.layouts.interface import Stages
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever `capture` gives another graph than it did."""
 CAPTURED = "captured.onnx"
 _PACKAGES = ("weight-surgery", "torch", "transformers", "onnx", "onnx_ir", "onnxscript")
