@@ -1,4 +1,4 @@
-"""Arithmetic in bfloat16 gives the numbers of PyTorch in ONNX Runtime, which has none of its own."""
+"""Arithmetic in bfloat16 gives PyTorch's numbers in ONNX Runtime, which has none of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BF16 = TensorProto.BFLOAT16
 
 
 def graph(operator: str) -> onnx.ModelProto:
-    """z = float32(bf16(x) ∘ bf16(y)), reshaped on the way: only the arithmetic is the provider's."""
+    """z = float32(bf16(x) ∘ bf16(y)), reshaped on the way: only arithmetic is at stake."""
     nodes = [
         helper.make_node("Cast", ["x"], ["a"], to=BF16),
         helper.make_node("Cast", ["y"], ["b"], to=BF16),
