@@ -21,7 +21,7 @@ FORMAT = 2
 CAPTURED = "captured.onnx"
 _PACKAGES = ("weight-surgery", "torch", "transformers", "onnx", "onnx_ir", "onnxscript")
 _UNREAD = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-"""Fields of a config that the graph does not follow: where it is from, what weights are stored in."""
+"""Fields of a config that the graph does not follow: where it is from, and the type on disk."""
 
 
 @dataclass(frozen=True)
