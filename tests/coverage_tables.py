@@ -51,7 +51,7 @@ Configs of a family whose tensors or blocks are others than its defaults give.
   shapes unlike the traced one, one row, one token, and padding on either side.
 - *with a cache*: the same in two parts over the cache, and 32 greedy tokens one at a time are those
   of transformers' `generate`, for prompts of unlike length in one batch.
-- *float16*: the graph computes in float16, within 32 of its roundings.
+- *float16*: the graph computes in float16, within 8 of its roundings.
 - *stitched*: a graph of five layers made of two traced ones of each kind is the whole trace, to the
   byte.
 

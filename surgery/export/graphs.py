@@ -20,8 +20,8 @@ FORMAT = 3
 """Raised whenever `capture` gives another graph than it did."""
 CAPTURED = "captured.onnx"
 _PACKAGES = ("weight-surgery", "torch", "transformers", "onnx", "onnx_ir", "onnxscript")
-_UNREAD = ("_name_or_path", "transformers_version")
-"""Fields of a config that say where it is from, and nothing of the model."""
+_UNREAD = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+"""Fields of a config that the graph does not follow: where it is from, and the type on disk."""
 
 
 @dataclass(frozen=True)

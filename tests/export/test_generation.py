@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import numpy as np
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
-from surgery.export import CACHED, TASKS, export
+from surgery.export import CACHED, LAYOUTS, TASKS, export
 from surgery.export.load import load_model
 from surgery.runtimes.generate import left_padded
 from tests.exports import CAUSAL, PROVED, WINDOWED, WITH_CACHE
@@ -19,8 +22,8 @@ from tests.here import in_this_process
 from tests.models import Zoo
 
 NEW = 32
-MARGIN = 1e-4
-"""How far the best logit must lie above the second at every step: some hundred times the noise of
+MARGIN = 2e-5
+"""How far the best logit must lie above the second at every step: some twenty times the noise of
 the small random models. It holds with the seed they have, so no tie is decided by rounding."""
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 Ids = NDArray[np.int64]
@@ -76,35 +79,55 @@ def assert_same_tokens(model_dir: Path, path: Path, texts: list[list[int]]) -> N
     tokens, margin = decode(path, texts)
     assert margin > MARGIN
     np.testing.assert_array_equal(tokens, generated(model_dir, texts))
-    assert len(np.unique(tokens)) > 1, "not one token for ever"
+    assert len(np.unique(tokens)) >= 6, "not one token for ever"
 
 
-def check(zoo: Zoo, model: str, layout: str = "linked", **fields: Any) -> None:
-    path = zoo.onnx(model, CACHED, layout=layout, **fields)
-    assert_same_tokens(zoo.checkpoint(model, **fields), path, prompts(101))
+LOUD = 4.0
+"""Factor of the layers' matrices: as they are, models with tied embeddings say the last token of
+the prompt again and again, whatever is in the cache."""
+
+
+def loud(zoo: Zoo, model: str, folder: Path, **fields: Any) -> Path:
+    """A copy of a random model whose layers count for more; its config, and graph, is the same."""
+    shutil.copytree(zoo.checkpoint(model, **fields), folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name, array in tensors.items():
+        if array.ndim > 1 and re.search(r"\.\d\.", name):
+            tensors[name] = LOUD * array
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def check(zoo: Zoo, model: str, folder: Path, layout: str = "linked", **fields: Any) -> None:
+    source = loud(zoo, model, folder / "model", **fields)
+    output = folder / "onnx" if layout == "portable" else None
+    with in_this_process():
+        result = export(source, output, task=CACHED, layout=layout)
+    assert_same_tokens(source, result.model, prompts(101))
 
 
 @pytest.mark.parametrize("family", PROVED[WITH_CACHE])
-def test_every_family_decodes_as_transformers_does(zoo: Zoo, family: str) -> None:
-    check(zoo, family)
+def test_every_family_decodes_as_transformers_does(zoo: Zoo, tmp_path: Path, family: str) -> None:
+    check(zoo, family, tmp_path)
 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("model", CAUSAL)
-def test_every_variant_does_in_either_layout(zoo: Zoo, model: str) -> None:
-    for layout in ("linked", "portable"):
-        check(zoo, model, layout)
+def test_every_variant_does_in_either_layout(zoo: Zoo, tmp_path: Path, model: str) -> None:
+    for layout in LAYOUTS:
+        check(zoo, model, tmp_path / layout, layout)
 
 
-def test_past_the_end_of_a_sliding_window(zoo: Zoo) -> None:
+def test_past_the_end_of_a_sliding_window(zoo: Zoo, tmp_path: Path) -> None:
     """One layer of two has a window."""
-    check(zoo, "gemma2", **WINDOWED["gemma2"])
+    check(zoo, "gemma2", tmp_path, **WINDOWED["gemma2"])
 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("model", WINDOWED)
-def test_past_the_end_of_any_familys_sliding_window(zoo: Zoo, model: str) -> None:
-    check(zoo, model, **WINDOWED[model])
+def test_past_the_end_of_any_familys_sliding_window(zoo: Zoo, tmp_path: Path, model: str) -> None:
+    check(zoo, model, tmp_path, **WINDOWED[model])
 
 
 def test_the_window_matters(zoo: Zoo) -> None:

@@ -124,10 +124,10 @@ def test_the_originals_numbers_are_what_its_lineage_says(zoo: Zoo) -> None:
 
 
 def assert_captured_alike(zoo: Zoo, family: str, folder: Path) -> None:
-    """Of the edited checkpoint anew, of the original from the cache."""
+    """Of an edited checkpoint, stored in another type, anew; of the original from the cache."""
     task = task_of(family)
     zoo.onnx(family, task)
-    edited = apply_edits(folder, zoo.checkpoint(family), [HEADS])
+    edited = apply_edits(folder, zoo.checkpoint(family, "bfloat16"), [HEADS])
     fresh = capture.serialized(capture.capture(edited, task))
     assert fresh == cache.load(Wanted(zoo.checkpoint(family), task, 20, "float32").key())
 
