@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from surgery.checkpoint import Checkpoint
-from surgery.export import default_task, onnxfile
+from surgery.export import default_task
 from surgery.export.lineage import Lineage, diagnosis, trace
-from tests.export.weight_faults import FAULTS
+from tests.export.weight_faults import FAULTS, quick
 from tests.models import Zoo, make
 
 Array = NDArray[Any]
-OURS = ("gpt2", "llama", "qwen3", "bert", "opt", "phi3")
+OURS = ("gpt2", "llama", "qwen3", "bert", "opt", "phi3", "gpt_neox", "mixtral")
 THEIRS = ("gpt2", "llama", "bert", "opt")
 CASES = [*(("surgery", family) for family in OURS), *(("torch", family) for family in THEIRS)]
 
@@ -69,6 +69,11 @@ class Case:
         for name in self.tensor_of:
             shapes[self.weight(self.model, name).shape, self.is_turned(name)] = name
         return list(shapes.values())
+
+    def plan(self, fault: str) -> list[str]:
+        """The initializers that a fault is planted in."""
+        fits = FAULTS[fault].fits
+        return [name for name in self.weights() if fits(self.weight(self.model, name))]
 
 
 def torch_export(source: Path, path: Path) -> Path:
@@ -123,13 +128,6 @@ def case(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callabl
     shutil.rmtree(root)
 
 
-def quick(path: Path, source: Path) -> Lineage:
-    """`trace` without `onnxfile.check`, which the clean file passed: it costs a child each time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnxfile, "check", lambda path, initializers: None)
-        return trace(path, source)
-
-
 def traced(case: Case, model: onnx.ModelProto, folder: Path) -> Lineage:
     path = folder / "planted.onnx"
     onnx.save(model, str(path))
@@ -160,15 +158,23 @@ def test_a_planted_fault_is_found_and_named(
     case: Callable[..., Case], exporter: str, family: str, fault: str, tmp_path: Path
 ) -> None:
     export, planted = case(exporter, family), FAULTS[fault]
-    for name in export.weights():
+    for name in export.plan(fault):
         tensor = export.tensor_of[name]
         values = export.weight(export.model, name)
-        if planted.fits(values):
-            model = copy(export.model)
-            export.put(model, name, planted.plant(values, export.other.read(tensor)))
-            (found,) = traced(export, model, tmp_path).findings
-            expected = (planted.symptom, name, tensor)
-            assert (found.symptom, found.initializer, found.tensor) == expected, found.message
+        model = copy(export.model)
+        export.put(model, name, planted.plant(values, export.other.read(tensor)))
+        (found,) = traced(export, model, tmp_path).findings
+        expected = (planted.symptom, name, tensor)
+        assert (found.symptom, found.initializer, found.tensor) == expected, found.message
+
+
+def test_at_least_200_faults_are_planted_in_six_families(case: Callable[..., Case]) -> None:
+    counts = {
+        (exporter, family): sum(len(case(exporter, family).plan(fault)) for fault in FAULTS)
+        for exporter, family in CASES
+    }
+    assert sum(counts.values()) >= 200
+    assert len({family for (_, family), count in counts.items() if count >= 20}) >= 6
 
 
 @pytest.mark.parametrize(("exporter", "family"), CASES)

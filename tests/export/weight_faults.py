@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
-from surgery.export.lineage import diagnosis
+from surgery.export import onnxfile
+from surgery.export.lineage import Lineage, diagnosis, trace
 
 Array = NDArray[Any]
 
@@ -108,3 +111,10 @@ FAULTS = {
     "rounded": Fault(diagnosis.ROUNDED, _round),
 }
 """By what was done; swaps and shifts need more than one weight, or its bytes, and are elsewhere."""
+
+
+def quick(path: Path, source: Path) -> Lineage:
+    """`trace` without `onnxfile.check`, which the clean file passed: it costs a child each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxfile, "check", lambda path, initializers: None)
+        return trace(path, source)

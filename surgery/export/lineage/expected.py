@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,10 @@ from surgery.export.lineage.sampling import Sampler, turn
 from surgery.export.lineage.stored import Stored
 from surgery.export.lineage.uses import LOOKUP, PRODUCTS, Use
 from surgery.export.parameters import sources
+
+_SUFFIXES = 3
+"""As many names are tried: the whole one, and it without one or both of its endings."""
+_ENTRY = re.compile(r"[0-9]{1,6}")
 
 
 class Names:
@@ -27,16 +32,19 @@ class Names:
             self._bare[name.partition(".")[2]].append(name)
 
     def find(self, name: str) -> Expression | None:
-        """What the initializer `name` should be; also where it is `X.T`, or `X.3` of a stack X."""
-        found = self._find(name)
-        stem, _, last = name.rpartition(".")
-        if found is not None or not stem:
-            return found
-        if last == "T":
-            return self.find(stem)
-        whole = self._find(stem) if last.isdecimal() else None
-        is_entry = isinstance(whole, Stack) and int(last) < len(whole.parts)
-        return item(whole, int(last)) if whole is not None and is_entry else None
+        """What the initializer `name` should be; also where it is `X.T`, `X.3` of a stack X, or
+        `X.T.3`."""
+        entry: int | None = None
+        for _ in range(_SUFFIXES):
+            found = self._find(name)
+            if found is not None:
+                return found if entry is None else _entry(found, entry)
+            name, _, last = name.rpartition(".")
+            if _ENTRY.fullmatch(last) and entry is None:
+                entry = int(last)
+            elif last != "T":
+                return None
+        return None
 
     def _find(self, name: str) -> Expression | None:
         _, _, bare = name.partition(".")
@@ -44,6 +52,11 @@ class Names:
         near = near or self._bare.get(name, []) or (self._bare.get(bare, []) if bare else [])
         found = {self._known[other] for other in near}
         return found.pop() if len(found) == 1 else None
+
+
+def _entry(whole: Expression, index: int) -> Expression | None:
+    is_entry = isinstance(whole, Stack) and index < len(whole.parts)
+    return item(whole, index) if is_entry else None
 
 
 @dataclass(frozen=True)

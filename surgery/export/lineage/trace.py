@@ -31,11 +31,12 @@ from surgery.export.lineage.stored import Stored
 @dataclass(frozen=True)
 class Traced:
     """An initializer's row and what is wrong with it; `holds` is the tensor it has instead of its
-    own."""
+    own, `proven` what it is, bit for bit."""
 
     row: Row
     faults: tuple[Fault, ...] = ()
     holds: str | None = None
+    proven: tuple[Expression, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,21 +53,22 @@ class Tracer:
         """What an initializer is, and whether what is claimed of it is true."""
         traced = self._trace(stored)
         claim = self.expected.claims.get(stored.name)
-        if claim is None or traced.faults or self._is_true(claim, stored):
+        if claim is None or traced.faults or self._is_true(claim, stored, traced.proven):
             return traced
         tensor = next(iter(claim.tensors()), None)
         message = "lineage.json says so, and its contents are something else"
         return replace(traced, faults=(_fault(diagnosis.CLAIM, stored, tensor, message),))
 
-    def _is_true(self, claim: Expression, stored: Stored) -> bool:
+    def _is_true(self, claim: Expression, stored: Stored, proven: tuple[Expression, ...]) -> bool:
         """Whether an initializer is what is claimed, with no constants folded in but those that
-        its family can have."""
+        its family can have; nothing is compared again that was."""
         allowed = {fold for name in claim.tensors() for fold in self._folds(name)}
         shape = self.catalogue.sampler.shape(claim)
         if shape != stored.shape or not _folded(claim) <= allowed:
             return False
         cast = Cast(claim, stored.dtype.name) if stored.is_float else claim
-        return equals(stored, cast, self.checkpoint)
+        known = {tidy(expression, self.checkpoint) for expression in proven}
+        return tidy(cast, self.checkpoint) in known or equals(stored, cast, self.checkpoint)
 
     def _folds(self, tensor: str) -> Iterator[Fold]:
         return folds(self.arch, tensor) if self.arch else iter(())
@@ -143,7 +145,7 @@ class Tracer:
         status = AMBIGUOUS if several and expectation is None else PROVEN
         expression = tidy(own[0], self.checkpoint)
         row = Row.of(stored.name, MISMATCH if fault else status, expression, tensors)
-        return Traced(row, (fault,) if fault else ())
+        return Traced(row, (fault,) if fault else (), proven=tuple(held))
 
     def _transposed(
         self, stored: Stored, expectation: Expectation | None, own: list[Expression]
@@ -207,7 +209,7 @@ class Tracer:
         alike = self.catalogue.sampler.shape(expression) == stored.shape
         alike = alike and expression.dtype(self.checkpoint) == stored.dtype
         if alike and equals(stored, expression, self.checkpoint):
-            return Traced(Row.of(stored.name, PROVEN, expression))
+            return Traced(Row.of(stored.name, PROVEN, expression), proven=(expression,))
         if self.arch is not None and tensor not in self.arch.roles:
             return Traced(Row(stored.name, CONSTANT))
         wanted = self.checkpoint.info(tensor).dtype
@@ -224,7 +226,8 @@ class Tracer:
             same = not wanted or found in wanted or self._same(found, wanted[0])
             if same:
                 names = tuple(dict.fromkeys((*wanted[:1], found)))
-                return Traced(Row.of(stored.name, PROVEN, Tensor(found), names))
+                row = Row.of(stored.name, PROVEN, Tensor(found), names)
+                return Traced(row, proven=tuple(map(Tensor, names)))
             message = f"it is the bytes of {quote(found, 200)} instead"
             fault = _fault(diagnosis.WRONG, stored, wanted[0], message)
             return Traced(Row.of(stored.name, MISMATCH, Tensor(wanted[0])), (fault,), found)
@@ -246,11 +249,18 @@ class Tracer:
 
 def tidy(expression: Expression, checkpoint: Checkpoint) -> Expression:
     """The expression without casts that change nothing."""
-    if isinstance(expression, Cast):
-        inner = tidy(expression.of, checkpoint)
-        same = inner.dtype(checkpoint).name == expression.to
-        return inner if same else Cast(inner, expression.to)
-    return expression
+    if not isinstance(expression, Cast):
+        return expression
+    inner = tidy(expression.of, checkpoint)
+    if isinstance(inner, Cast) and _is_exact(inner, checkpoint):
+        inner = inner.of
+    same = inner.dtype(checkpoint).name == expression.to
+    return inner if same else Cast(inner, expression.to)
+
+
+def _is_exact(cast: Cast, checkpoint: Checkpoint) -> bool:
+    """Whether every number keeps its value."""
+    return cast.to in ("float32", "float64") and cast.of.dtype(checkpoint).itemsize < 4
 
 
 def _folded(expression: Expression) -> set[Fold]:
