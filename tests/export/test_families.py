@@ -22,7 +22,7 @@ FACTOR = 8.0
 """How many times further than float32 is from float64 a graph may be from float32."""
 HALF = 2.0**-11
 """Half a unit in the last place of float16, relative."""
-NARROW = ("gpt2", "gemma2", "mixtral", "bert")
+NARROW = ("gemma2", "bert")
 """Families that `make test` also runs in float16; the others are of the campaign."""
 OFTEN = ("float32", "bfloat16")
 
