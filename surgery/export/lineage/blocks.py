@@ -8,6 +8,7 @@ the initializer.
 
 from __future__ import annotations
 
+import math
 from threading import local
 from typing import Any
 
@@ -22,7 +23,6 @@ BLOCK = 1 << 17
 """Elements that are compared at a time."""
 BAND_BYTES = 32 << 20
 """Of a tensor that is transposed."""
-_STRIPE = 128
 _TILE = 256
 _PADDING = 32
 """Elements between the rows of a tile: at a power of two apart they would share few cache lines."""
@@ -36,7 +36,7 @@ class _Memory(local):
 
     def take(self, use: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """An array with any contents, until the next call for the same use."""
-        size = int(np.prod(shape)) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         if use not in self._kept or self._kept[use].size < size:
             self._kept[use] = np.empty(size, np.uint8)
         return self._kept[use][:size].view(dtype).reshape(shape)
@@ -67,8 +67,8 @@ def same_turned(stored: Stored, tensor: Stored) -> bool:
         for start in range(0, rows, step):
             band = _MEMORY.take("band", (min(step, rows - start), width), tensor.dtype)
             fill_wanted(band, start * width)
-            for column in range(0, width, _STRIPE):
-                stripe = band[:, column : column + _STRIPE]
+            for column in range(0, width, _TILE):
+                stripe = band[:, column : column + _TILE]
                 found = _MEMORY.take("found", stripe.shape[::-1], stored.dtype)
                 _fill(found, column * rows + start, rows, fill_found)
                 if not _same_stripe(found, stripe):
