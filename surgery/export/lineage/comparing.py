@@ -1,6 +1,7 @@
-"""An initializer against an expression, every bit, in tiles of a few MiB.
+"""An initializer against an expression, every bit.
 
-The tensor of a transposed initializer is read in bands of rows all the same, each against a stripe
+A tensor as it is, or transposed, is compared by `blocks`; anything else, and what is to be diagnosed,
+in tiles of a few MiB. There the tensor of a transposed initializer is read in bands of rows all the same, each against a stripe
 of the initializer's columns: neither is ever in memory as a whole.
 """
 
