@@ -44,8 +44,8 @@ def trace(
     """What every initializer of the main graph of `onnx` is, of the tensors of `model`.
 
     `initializers` is the folder in which external data lies, by default the file's own. Memory
-    follows bands of 32 MiB for each core. Raises `OnnxError` for a file that `onnxfile.check` refuses or a
-    malformed `lineage.json`, `CheckpointError` for a malformed checkpoint.
+    follows bands of 32 MiB for each core. Raises `OnnxError` for a file that `onnxfile.check`
+    refuses or a malformed `lineage.json`, `CheckpointError` for a malformed checkpoint.
     """
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(onnxfile.check, onnx, initializers=initializers)

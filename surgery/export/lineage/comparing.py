@@ -1,8 +1,8 @@
 """An initializer against an expression, every bit.
 
-A tensor as it is, or transposed, is compared by `blocks`; anything else, and what is to be diagnosed,
-in tiles of a few MiB. There the tensor of a transposed initializer is read in bands of rows all the same, each against a stripe
-of the initializer's columns: neither is ever in memory as a whole.
+A tensor as it is, or transposed, is compared by `blocks`; anything else, and what is to be
+diagnosed, in tiles of a few MiB. There too the tensor of a transposed initializer is read in bands
+of rows, each against a stripe of the initializer's columns: neither is in memory as a whole.
 """
 
 from __future__ import annotations
