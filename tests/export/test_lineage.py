@@ -17,8 +17,18 @@ from onnx import helper, numpy_helper
 from surgery.checkpoint import Checkpoint
 from surgery.errors import OnnxError
 from surgery.export import default_task
-from surgery.export.expressions import Cast, Concat, Expression, Fold, Slice, Tensor, Transpose
+from surgery.export.expressions import (
+    Cast,
+    Concat,
+    Expression,
+    Fold,
+    Slice,
+    Stack,
+    Tensor,
+    Transpose,
+)
 from surgery.export.lineage import CLAIMS, Lineage, Row, diagnosis, render, trace
+from surgery.export.lineage.expected import Names
 from tests.models import FAMILIES, Zoo, make
 from tests.onnx_files import model, save
 
@@ -340,6 +350,23 @@ def test_a_claim_that_is_no_json_object_is_bad_input(zoo: Zoo, tmp_path: Path, t
     (tmp_path / CLAIMS).write_text(text)
     with pytest.raises(OnnxError, match=r"lineage\.json"):
         trace(path, zoo.checkpoint("llama"))
+
+
+def test_names_of_what_is_made_of_tensors() -> None:
+    parts = (Tensor("one"), Tensor("two"))
+    names = Names({"a.w": Stack(parts), "a.v": Tensor("three")})
+    expected = {
+        "a.w.1": parts[1],
+        "a.w.T.1": parts[1],
+        "a.w.1.T": parts[1],
+        "a.v.T": Tensor("three"),
+        "a.w.2": None,
+        "a.v.0": None,
+        "a.w.1.0": None,
+        "a.w" + ".T" * 100_000: None,
+        "a.w." + "9" * 10_000: None,
+    }
+    assert {name: names.find(name) for name in expected} == expected
 
 
 def test_a_bad_file_is_refused_first(zoo: Zoo, tmp_path: Path) -> None:

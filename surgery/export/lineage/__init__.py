@@ -8,6 +8,7 @@ is, is found by its contents, which are recomputed from the checkpoint and compa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -43,10 +44,20 @@ def trace(
     """What every initializer of the main graph of `onnx` is, of the tensors of `model`.
 
     `initializers` is the folder in which external data lies, by default the file's own. Memory
-    follows tiles of a few MiB. Raises `OnnxError` for a file that `onnxfile.check` refuses or a
-    malformed `lineage.json`, `CheckpointError` for a malformed checkpoint.
+    follows bands of 32 MiB for each core. Raises `OnnxError` for a file that `onnxfile.check`
+    refuses or a malformed `lineage.json`, `CheckpointError` for a malformed checkpoint.
     """
-    onnxfile.check(onnx, initializers=initializers)
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(onnxfile.check, onnx, initializers=initializers)
+        try:
+            return _trace(onnx, model, progress, initializers)
+        finally:  # whatever came of it, what the check refuses is refused
+            checked.result()
+
+
+def _trace(
+    onnx: Path, model: Path, progress: Progress | None, initializers: Path | None
+) -> Lineage:
     graph = onnxfile.read(onnx, initializers).graph
     checkpoint = Checkpoint.open(model)
     tracer = _tracer(checkpoint, graph, read_claims(onnx, checkpoint))

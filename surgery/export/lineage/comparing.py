@@ -1,7 +1,8 @@
-"""An initializer against an expression, every bit, in tiles of a few MiB.
+"""An initializer against an expression, every bit.
 
-The tensor of a transposed initializer is read in bands of rows all the same, each against a stripe
-of the initializer's columns: neither is ever in memory as a whole.
+A tensor as it is, or transposed, is compared by `blocks`; anything else, and what is to be
+diagnosed, in tiles of a few MiB. There too the tensor of a transposed initializer is read in bands
+of rows, each against a stripe of the initializer's columns: neither is in memory as a whole.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ from numpy.typing import NDArray
 
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import bits
-from surgery.export.expressions import Cast, Expression, Fold, Transpose, cast, float_dtype
-from surgery.export.lineage.stored import Stored
+from surgery.export.expressions import Cast, Expression, Fold, Tensor, Transpose, cast, float_dtype
+from surgery.export.lineage.blocks import same, same_turned
+from surgery.export.lineage.stored import Stored, stored_tensor
 
 TILE_BYTES = 8 << 20
 STRIPE_BYTES = 48 << 20
 """Of the initializer: a stripe costs a read for each row, so stripes are wide."""
-
-_ROWS, _COLUMNS = 256, 64
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,21 @@ class Tile:
 
 def equals(stored: Stored, expression: Expression, checkpoint: Checkpoint) -> bool:
     """Whether both hold the same bits; for expressions of the initializer's shape and dtype."""
-    return all(_same(tile) for tile in tiles(stored, expression, checkpoint))
-
-
-def _same(tile: Tile) -> bool:
-    found, wanted = bits(tile.found), bits(tile.wanted)
-    if found.flags.c_contiguous and wanted.flags.c_contiguous:
-        return bool(np.array_equal(found, wanted))
-    # One of them is transposed: small blocks keep both in the cache.
-    height, width = found.shape
+    if not stored.size:
+        return True
+    steps, core = _unwrap(expression)
+    turned = isinstance(core, Transpose) and len(stored.shape) == 2
+    of = core.of if isinstance(core, Transpose) and turned else core
+    if isinstance(of, Tensor) and _is_one_cast(steps):
+        return (same_turned if turned else same)(stored, stored_tensor(checkpoint, of.name))
     return all(
-        np.array_equal(
-            found[row : row + _ROWS, at : at + _COLUMNS],
-            wanted[row : row + _ROWS, at : at + _COLUMNS],
-        )
-        for row in range(0, height, _ROWS)
-        for at in range(0, width, _COLUMNS)
+        np.array_equal(bits(tile.found), bits(tile.wanted))
+        for tile in tiles(stored, expression, checkpoint)
     )
+
+
+def _is_one_cast(steps: list[Expression]) -> bool:
+    return len(steps) < 2 and not any(isinstance(step, Fold) for step in steps)
 
 
 def tiles(stored: Stored, expression: Expression, checkpoint: Checkpoint) -> Iterator[Tile]:

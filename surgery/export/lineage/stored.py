@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,9 @@ from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import numpy_dtype
 from surgery.checkpoint.files import open_regular, read_into
 from surgery.export.external import location, tensor_bytes
+
+Fill = Callable[[NDArray[Any], int], None]
+"""Fills an array in row-major order with the elements from one of the flattened array on."""
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
@@ -74,10 +77,24 @@ class Stored:
     def elements(self, flat: NDArray[np.int64]) -> NDArray[Any]:
         """The elements at these places of the flattened array."""
         found = np.empty(len(flat), self.dtype)
-        with self._opened() as source:
+        with self.reader() as fill:
             for number, place in enumerate(flat.tolist()):
-                found[number] = self._values(source, place, 1)[0]
+                fill(found[number : number + 1], place)
         return found
+
+    @contextmanager
+    def reader(self) -> Iterator[Fill]:
+        """Fills arrays the caller has already, while entered."""
+        with self._opened() as source:
+
+            def fill(into: NDArray[Any], first: int) -> None:
+                raw, begin = into.reshape(-1).view(np.uint8), first * self.dtype.itemsize
+                if self.data is not None:
+                    raw[:] = self.data[begin : begin + raw.size]
+                else:
+                    read_into(source, self.offset + begin, raw.data, str(self.path))
+
+            yield fill
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
