@@ -43,7 +43,8 @@ def test_the_peak_of_each_process_is_its_own() -> None:
     [child] = [peak for command, peak in done.peaks.items() if f"-c {CHILD}" in command]
     assert 50 * MIB < parent < 100 * MIB
     assert 250 * MIB < child < 300 * MIB
-    assert abs(child - done.peak) < MIB
+    # What the kernel keeps starts at the memory of who forked, here pytest.
+    assert done.peak > child - MIB
 
 
 def test_only_the_load_check_does_not_count() -> None:
