@@ -122,8 +122,8 @@ class Peaks:
     def _loop(self) -> None:
         while not self.ended.wait(SAMPLE_SECONDS):
             for pid in tree(self.pid):
-                command = command_line(pid)
-                self.found[command] = max(self.found.get(command, 0), high_water_mark(pid))
+                if (peak := high_water_mark(pid)) and (command := command_line(pid)):
+                    self.found[command] = max(self.found.get(command, 0), peak)
 
 
 def command_line(pid: int) -> str:

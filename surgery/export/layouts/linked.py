@@ -18,7 +18,7 @@ from surgery.checkpoint.parallel import Progress
 from surgery.errors import OutputError
 from surgery.export.bind import bind, refuse_overflow
 from surgery.export.expressions import Cast, Concat, Expression, Stack, Tensor, Transpose
-from surgery.export.fold import Expressions, drop_unused, fold
+from surgery.export.fold import Expressions, fold
 from surgery.export.layouts.interface import Layout, Request, Stages, Written
 from surgery.export.write import place_beside
 
@@ -77,7 +77,6 @@ def link(model: Any, checkpoint: Checkpoint) -> Expressions:
     emitter = _Emitter(model.graph, checkpoint)
     for name, expression in bound.items():
         emitter.replace(name, expression)
-    drop_unused(model, expressions)
     return bound
 
 
@@ -105,7 +104,14 @@ def _fuse(model: Any, expressions: Expressions) -> None:
             graph.insert_before(node, fused)
             graph.remove(node, safe=True)
             graph.opset_imports[_MICROSOFT] = 1
-    drop_unused(model, expressions)
+    _drop_unread(graph, expressions)
+
+
+def _drop_unread(graph: Any, expressions: Expressions) -> None:
+    """Drops initializers that nothing reads; every node is read, so there is no need to look."""
+    for name in list(expressions):
+        if not graph.initializers[name].uses():
+            del graph.initializers[name], expressions[name]
 
 
 def _matrix(graph: Any, name: str, of: Expression, expressions: Expressions) -> Any:
