@@ -18,11 +18,16 @@ Array = NDArray[Any]
 
 
 def weight(model: ModelProto, name: str) -> Array:
-    return numpy_helper.to_array(_initializer(model, name)).copy()
+    """The tensor `name` of the checkpoint, whichever way round the graph keeps it."""
+    tensor = _initializer(model, name)
+    values = numpy_helper.to_array(tensor)
+    return (values if tensor.name == name else values.T).copy()
 
 
 def put(model: ModelProto, name: str, values: Array) -> None:
-    _initializer(model, name).CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), name))
+    tensor = _initializer(model, name)
+    stored = np.ascontiguousarray(values if tensor.name == name else values.T)
+    tensor.CopyFrom(numpy_helper.from_array(stored, tensor.name))
 
 
 def change(model: ModelProto, name: str, how: Callable[[Array], Array]) -> None:
@@ -58,7 +63,9 @@ def reverse_rows(model: ModelProto, name: str, new: str) -> None:
 
 
 def _initializer(model: ModelProto, name: str) -> TensorProto:
-    return next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    """The initializer of a tensor, or the one called after it that holds it transposed."""
+    named = {tensor.name: tensor for tensor in model.graph.initializer}
+    return named[name] if name in named else named[f"{name}.T"]
 
 
 def _redirect(model: ModelProto, name: str, new: str) -> None:
@@ -76,11 +83,11 @@ def scale_epsilons(model: ModelProto, factor: float) -> None:
         for attribute in node.attribute:
             if node.op_type == "LayerNormalization" and attribute.name == "epsilon":
                 attribute.f *= factor
-            elif node.op_type == "Constant" and attribute.name == "value":
-                value = numpy_helper.to_array(attribute.t)
-                if node.output[0] in added and value.ndim == 0 and 0 < value < 1e-4:
-                    scaled = np.asarray(value * factor, value.dtype)
-                    attribute.t.CopyFrom(numpy_helper.from_array(scaled))
+    for tensor in model.graph.initializer:
+        value = numpy_helper.to_array(tensor)
+        if tensor.name in added and value.ndim == 0 and 0 < value < 1e-4:
+            scaled = np.asarray(value * factor, value.dtype)
+            tensor.CopyFrom(numpy_helper.from_array(scaled, tensor.name))
 
 
 def approximate_gelu(model: ModelProto) -> None:
