@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -129,13 +128,13 @@ def test_an_edited_conversion_without_a_cache_is_a_finding(lab: Lab, case: Case)
 def test_a_missing_conversion_is_exported_with_the_cache_of_the_other(
     lab: Lab, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tasks = []
+    tasks, export = [], pipeline.export_graph
 
-    def export(model: Path, output: Path, *, task: str | None) -> None:
+    def exported(model: Path, file: Path, *, task: str) -> None:
         tasks.append(task)
-        shutil.copytree(case.edited_onnx.parent, output)
+        export(model, file, task=task)
 
-    monkeypatch.setattr(pipeline, "export", export)
+    monkeypatch.setattr(pipeline, "export_graph", exported)
     assert lab.diff_edited(case, edited_onnx=None).verdict == "pass"
     assert tasks == [TASK]
 

@@ -21,9 +21,9 @@ Plant = Callable[..., Path]
 
 
 def edited_names(case: Case) -> list[str]:
-    """The initializers in which both ONNX files differ."""
+    """The tensors in which both ONNX files differ."""
     before, after = (onnx.load(str(path)) for path in (case.onnx, case.edited_onnx))
-    names = [tensor.name for tensor in before.graph.initializer]
+    names = [tensor.name.removesuffix(".T") for tensor in before.graph.initializer]
     return [n for n in names if (mutants.weight(before, n) != mutants.weight(after, n)).any()]
 
 

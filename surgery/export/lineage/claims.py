@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,15 @@ def render(
 def read_claims(onnx: Path, checkpoint: Checkpoint) -> dict[str, Expression]:
     """Initializer to what `lineage.json` beside the graph says it is; empty without that file.
 
-    Raises `OnnxError` for a file that is not of that form, or that speaks of tensors or indices
-    that there are not.
+    What it says of tensors that the checkpoint has not is said of another model, and tells nothing
+    here. Raises `OnnxError` for a file of another form, or with indices that there are not.
     """
     path = onnx.with_name(CLAIMS)
     if not path.is_symlink() and not path.exists():
         return {}
     try:
         document = parse_json_object(read_small(path), str(path))
-        return dict(_claim(entry, checkpoint) for entry in _entries(document))
+        return dict(_claims(_entries(document), checkpoint))
     except CheckpointError as error:
         raise OnnxError(str(error)) from None
     except InputError as error:
@@ -59,14 +59,19 @@ def _entries(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [entry for entry in made if Quantise.kind not in entry["expression"]]
 
 
-def _claim(entry: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[str, Expression]:
-    name = str(entry["name"])
-    try:
-        expression = from_json(entry["expression"])
-        check_expression(expression, checkpoint)
-    except InputError as error:
-        raise InputError(f"initializer {quote(name)}: {error}") from None
-    return name, expression
+def _claims(
+    entries: list[Mapping[str, Any]], checkpoint: Checkpoint
+) -> Iterator[tuple[str, Expression]]:
+    known = frozenset(checkpoint.tensors)
+    for entry in entries:
+        name = str(entry["name"])
+        try:
+            expression = from_json(entry["expression"])
+            if known.issuperset(expression.tensors()):
+                check_expression(expression, checkpoint)
+                yield name, expression
+        except (InputError, RecursionError) as error:
+            raise InputError(f"initializer {quote(name)}: {error}") from None
 
 
 def check_expression(expression: Expression, checkpoint: Checkpoint) -> tuple[int, ...]:
