@@ -1,0 +1,96 @@
+"""The child process of a localisation: one model, one batch, the values at its boundaries."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surgery import process
+from surgery.export.tasks import find_task
+from surgery.localize.boundaries import INPUT, OUTPUT, STREAM, Boundary
+from surgery.runtimes.interface import ModelRef
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """Runs what `job["action"]` names, `torch` or `onnx`, and saves the values as `job["save"]`."""
+    with np.load(job["batch"], allow_pickle=False) as archive:
+        inputs = {name: archive[name] for name in archive.files}
+    values = _torch(job, inputs) if job["action"] == "torch" else _onnx(job, inputs)
+    np.savez(job["save"], **values)
+    return {"values": sorted(values)}
+
+
+def _torch(job: dict[str, Any], inputs: Arrays) -> Arrays:
+    from surgery.arch import identify
+    from surgery.checkpoint import Checkpoint
+    from surgery.runtimes.pytorch import TorchRuntime
+
+    path = Path(job["model"])
+    boundaries = [Boundary(**fields) for fields in job["boundaries"]]
+    runtime = TorchRuntime(ModelRef("torch", path, job["task"], job["dtype"]), job["threads"])
+    arch, kept = identify(Checkpoint.open(path)), Arrays()
+    with _watched(runtime.live, arch, boundaries, kept):
+        found = runtime.infer(inputs)
+    output = find_task(job["task"]).output
+    return kept | {output: found[output]}
+
+
+@contextmanager
+def _watched(model: Any, arch: Any, boundaries: list[Boundary], kept: Arrays) -> Iterator[None]:
+    """While entered, what crosses each boundary is kept under the boundary's site."""
+
+    def keep(boundary: Boundary) -> Any:
+        def after(module: Any, given: Any, result: Any) -> None:
+            kept[boundary.site] = _first(result).detach().numpy()
+
+        def before(module: Any, given: Any, named: Any) -> None:
+            kept[boundary.site] = _first(given or tuple(named.values())).detach().numpy()
+
+        module = arch.module(model, boundary.role, boundary.layer)
+        if boundary.side == OUTPUT:
+            return module.register_forward_hook(after)
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+
+    with ExitStack() as stack:
+        for boundary in boundaries:
+            stack.enter_context(keep(boundary))
+        yield
+
+
+def _first(value: Any) -> Any:
+    return _first(value[0]) if isinstance(value, tuple) else value
+
+
+def _onnx(job: dict[str, Any], inputs: Arrays) -> Arrays:
+    from surgery.export import onnxfile
+    from surgery.localize.graphs import FORCED, observed
+    from surgery.runtimes import graph
+    from surgery.runtimes.onnxruntime import open_session
+
+    path, folder = Path(job["model"]), Path(job["initializers"])
+    model = onnxfile.read(path, folder)
+    signature = graph.signature(model, find_task(job["task"]).output, str(path))
+    with np.load(job["given"], allow_pickle=False) as archive:
+        given = {FORCED + name: archive[name] for name in archive.files}
+    shown = observed(model, job["values"], [name.removeprefix(FORCED) for name in given])
+    session = open_session(shown.SerializeToString(), folder, job["threads"], job["optimised"])
+    types = {port.name: port.type for port in session.get_inputs()}
+    fed = graph.feed(signature.ports, signature.roles, inputs)
+    fed |= {name: array.astype(_NUMPY[types[name]]) for name, array in given.items()}
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, fed), strict=True))
+
+
+_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+
+
+if __name__ == "__main__":
+    sys.exit(process.serve(sys.argv[1], work))
