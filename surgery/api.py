@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # a command imports what it uses and no more
     from surgery.checkpoint.parallel import Progress
     from surgery.compare import Comparison
     from surgery.export import ExportResult
+    from surgery.export.lineage import Lineage
     from surgery.gate import Verdict
     from surgery.plan import Plan
     from surgery.policy import Policy
@@ -34,6 +35,7 @@ __all__ = [
     "export",
     "gate",
     "inspect",
+    "lineage",
     "plan",
     "report",
     "revert",
@@ -156,6 +158,13 @@ def export(
     from surgery.export import export as run
 
     return run(Path(model), _path(output), stage=stage, **options)
+
+
+def lineage(model: AnyPath, onnx: AnyPath, *, progress: Progress | None = None) -> Lineage:
+    """Which checkpoint tensor each initializer of `onnx` is, proven bit for bit."""
+    from surgery.export.lineage import trace
+
+    return trace(Path(onnx), Path(model), progress=progress)
 
 
 def diff(

@@ -15,7 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.addresses import Region
-from surgery.checkpoint import CONFIG, EXPORT_RECEIPT, INDEX, RECEIPT, Staging, TensorInfo
+from surgery.checkpoint import (
+    CONFIG,
+    EXPORT_RECEIPT,
+    INDEX,
+    LINEAGE,
+    RECEIPT,
+    Staging,
+    TensorInfo,
+)
 from surgery.checkpoint.delta import (
     AddedRecord,
     DeltaRecord,
@@ -310,7 +318,7 @@ def _finish_delta(
 ) -> None:
     """Completes a delta with every file but the shards that changed, came or went."""
     base = plan.base
-    small = {RECEIPT, EXPORT_RECEIPT} & set(base.not_carried)
+    small = {RECEIPT, EXPORT_RECEIPT, LINEAGE} & set(base.not_carried)
     base_digests = base_digests | {file: sha256_file(base.path(file)) for file in small}
     others = sorted({*base_digests, *digests} - {*base.headers})
     changed = [file for file in others if base_digests.get(file) != digests.get(file)]

@@ -239,8 +239,19 @@ def diff_weights(a: Path, b: Path, allow_code: bool, json: bool, exit_code: bool
     help="portable ships; linked is a graph in MODEL itself that points into its weights.",
 )
 @task_option
-@click.option("--opset", type=int, help="ONNX opset (default: what the exporter prefers).")
-@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32")
+@click.option("--opset", type=int, help="ONNX opset, 18 to 25 (default: 20).")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="What the graph computes in, whatever the weights are stored in.",
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(["int8"]),
+    help="Weights in 8 bits, by onnxruntime's dynamic quantisation.",
+)
 @click.option(
     "--report", type=PATH, metavar="DIR", help="Trace anew; torch's own report goes there."
 )
@@ -251,15 +262,11 @@ def export(model: Path, output: Path | None, json: bool, **options: Any) -> None
     Example: surgery export edited/ --output onnx/
     """
     from surgery.api import export as run
-    from surgery.console import size, stages
+    from surgery.console import export_text, staged_bar
 
-    with stages() as progress:
-        done = run(model, output, stage=progress, **options)
-    if json:
-        echo_json(done.to_json())
-    else:
-        written = size(sum(done.sizes.values()))
-        click.echo(f"{done.model}: {done.task}, opset {done.opset}, {done.dtype}, {written}")
+    with staged_bar() as (stage, progress):
+        done = run(model, output, stage=stage, progress=progress, **options)
+    echo_json(done.to_json()) if json else click.echo(export_text(done))
 
 
 @cli.group()
@@ -294,6 +301,24 @@ def cache_clear() -> None:
     from surgery.export.cache import clear
 
     click.echo(f"removed: {size(clear())}")
+
+
+@cli.command()
+@model_option
+@click.option("--onnx", type=PATH, required=True, metavar="FILE", help="Any exporter's ONNX file.")
+@json_option
+def lineage(model: Path, onnx: Path, json: bool) -> None:
+    """Prove which checkpoint tensor each initializer is: exit 0 if all are, 1 if one is not.
+
+    Example: surgery lineage --model model/ --onnx onnx/model.onnx
+    """
+    from surgery.api import lineage as run
+    from surgery.console import bar, lineage_text
+
+    with bar("comparing") as progress:
+        found = run(model, onnx, progress=progress)
+    echo_json(found.to_json()) if json else click.echo(lineage_text(found))
+    sys.exit(0 if found.ok else 1)
 
 
 @cli.command()

@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from surgery.process import one_line
+
 if TYPE_CHECKING:
     from surgery.arch.inspection import Inspection
     from surgery.checkpoint.resize import Side
     from surgery.compare import Comparison
+    from surgery.export import ExportResult
     from surgery.export.cache import Entry
+    from surgery.export.lineage import Lineage
     from surgery.plan import Plan
 
 MAX_ROWS = 200
@@ -23,16 +27,26 @@ def stages() -> Iterator[Callable[[str], None]]:
 
     Nothing at all is shown where stderr is no terminal.
     """
+    with staged_bar() as (stage, _):
+        yield stage
+
+
+@contextmanager
+def staged_bar() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], None]]]:
+    """As `stages`, and a second callback (item, done, total) that draws a bar of the stage."""
     if not sys.stderr.isatty():
-        yield lambda stage: None
+        yield lambda stage: None, lambda item, done, total: None
         return
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("starting", total=None)
-        yield lambda stage: progress.update(task, description=stage)
+        yield (
+            lambda stage: progress.update(task, description=stage, completed=0, total=None),
+            lambda item, done, total: progress.update(task, completed=done, total=total),
+        )
 
 
 @contextmanager
@@ -200,6 +214,36 @@ def comparison_text(found: Comparison) -> str:
     return "\n".join([*([table(head, rows)] if rows else []), summary, *others])
 
 
+def lineage_text(found: Lineage) -> str:
+    """A lineage for people: initializers that are tensors, then what is left and what is wrong."""
+    shown = [row for row in found.rows if row.status != "constant"]
+    rows = [
+        (one_line(row.name, 200), row.status, _few(row.tensors), ", ".join(row.transform) or "–")
+        for row in shown[:MAX_ROWS]
+    ]
+    more = len(shown) - len(rows)
+    lines = [table(("initializer", "status", "tensor", "transform"), rows)] if rows else []
+    lines += [f"… and {more} more; --json lists all"] if more > 0 else []
+    lines += [f"unused: {name}: {reason}" for name, reason in found.unused.items()]
+    lines += [f"{fault.symptom}: {fault.message}" for fault in found.findings]
+    return "\n".join([*lines, _lineage_summary(found)])
+
+
+def _few(names: Sequence[str], limit: int = 2) -> str:
+    """The first names and how many more there are."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "") or "–"
+
+
+def _lineage_summary(found: Lineage) -> str:
+    counts: dict[str, int] = {}
+    for row in found.rows:
+        counts[row.status] = counts.get(row.status, 0) + 1
+    statuses = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
+    verdict = "ok" if found.ok else "FAILED"
+    return f"{found.onnx}: {verdict}, {count(len(found.rows), 'initializer')}: {statuses}"
+
+
 def spans(indices: Sequence[int] | None, limit: int = 4) -> str:
     """Sorted indices as ranges, `0-31, 64`, the first few of them."""
     if indices is None:
@@ -222,6 +266,12 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in cells
     )
+
+
+def export_text(done: ExportResult) -> str:
+    """An export for people: where it is, what it is, and how large."""
+    kinds = [done.task, f"opset {done.opset}", done.quantize or done.dtype, done.layout]
+    return f"{done.model}: {', '.join(kinds)}, {size(sum(done.sizes.values()))}"
 
 
 def count(number: int, noun: str) -> str:

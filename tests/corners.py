@@ -1,4 +1,4 @@
-"""Corners in this process, to be quick: exports that share one capture, runs that share one torch.
+"""Corners in this process, to be quick: exports without a child, runs that share one torch.
 
 What a child process adds (limits, isolation) is tested elsewhere; what runs in it is the same
 code, `surgery.runtimes.worker.work`.
@@ -9,16 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from models import config_of, make
+from here import in_this_process, run_here
+from models import make
 from recipes import HEADS, NEURONS, apply_edits
 
 from surgery import process
@@ -41,29 +40,16 @@ class Case:
 
 
 class Exporter:
-    """Exports of random models; a graph depends on the config alone, so it is captured once."""
-
-    def __init__(self) -> None:
-        self._graphs: dict[str, Any] = {}
+    """Portable exports of random models; a graph depends on the config alone, so the cache of
+    captured graphs has it from the second model on."""
 
     def export(self, model: Path, folder: Path, task: str | None = None) -> Path:
-        """`model.onnx` in the new folder `folder`, as `surgery.export.export` binds it."""
-        import onnx_ir
+        """`model.onnx` in the new folder `folder`."""
+        from surgery.export import export
 
-        from surgery.export.bind import bind
-        from surgery.export.capture import capture
-        from surgery.export.quiet import quiet
-        from surgery.export.tasks import choose_task
-
-        wanted = choose_task(model, task).name
-        key = json.dumps([wanted, {**config_of(model), "dtype": "any"}], sort_keys=True)
-        if key not in self._graphs:
-            self._graphs[key] = capture(model, wanted)
-        bind(self._graphs[key], model)
-        folder.mkdir(parents=True)
-        with quiet():
-            onnx_ir.save(self._graphs[key], folder / "model.onnx", external_data="weights")
-        return folder / "model.onnx"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with in_this_process():
+            return export(model, folder, task=task).model
 
     def case(
         self, root: Path, family: str, seed: int = 0, task: str | None = None, **overrides: Any
@@ -90,10 +76,10 @@ class Here:
         self, module: str, arguments: dict[str, Any], folder: Path, limits: Limits
     ) -> Ending:
         if arguments.get("model", {}).get("runtime") != "torch":
-            return _work(module, arguments)
+            return run_here(module, arguments, folder, limits)
         key = _key(arguments, folder)
         if key not in self._endings:
-            self._endings[key] = _work(module, arguments)
+            self._endings[key] = run_here(module, arguments, folder, limits)
             shutil.copytree(folder, self.cache / key)
         shutil.copytree(self.cache / key, folder, dirs_exist_ok=True)
         return self._endings[key]
@@ -110,14 +96,3 @@ def _key(arguments: dict[str, Any], folder: Path) -> str:
     for path in sorted(folder.glob("batch-*.npz")):
         hasher.update(path.read_bytes())
     return hasher.hexdigest()
-
-
-def _work(module: str, arguments: dict[str, Any]) -> Ending:
-    started = time.monotonic()
-    try:
-        result = json.loads(json.dumps(import_module(module).work(arguments)))
-    except Exception as error:
-        told = process._describe(error)
-        seconds = time.monotonic() - started
-        return Ending(told["status"], told["detail"], seconds, 1, told["kind"], told["error"])
-    return Ending("ok", "", time.monotonic() - started, 1, result=result)

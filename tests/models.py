@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,16 @@ def config_of(path: Path) -> dict[str, Any]:
     return dict(json.loads((path / "config.json").read_text()))
 
 
+LAYERS = {"gpt2": "n_layer", "gptj": "n_layer", "bloom": "n_layer", "mpt": "n_layers",
+          "distilbert": "n_layers"}  # fmt: skip
+"""The config field for the number of layers, of families that do not say num_hidden_layers."""
+
+
+def deep(model: str, layers: int) -> dict[str, int]:
+    """What makes a random model that many layers deep."""
+    return {LAYERS.get(family_of(model), "num_hidden_layers"): layers}
+
+
 class Zoo:
     """Models and their exports, each made once, when a test first asks for it."""
 
@@ -128,21 +139,39 @@ class Zoo:
         self.root = root
         self._made: dict[str, Path] = {}
 
-    def checkpoint(self, family: str, dtype: str = "float32") -> Path:
-        name = f"{family}-{dtype}"
+    def checkpoint(self, model: str, dtype: str = "float32", **overrides: Any) -> Path:
+        """A random model; of the same `overrides` the same one."""
+        name = "-".join([model, dtype, *(f"{key}={overrides[key]}" for key in sorted(overrides))])
         if name not in self._made:
-            self._made[name] = make(family, self.root / name, dtype=dtype)
+            self._made[name] = make(model, self.root / name, dtype=dtype, **overrides)
         return self._made[name]
 
-    def onnx(self, family: str, task: str, dtype: str = "float32", stored: str = "float32") -> Path:
-        """The `model.onnx` of an export in this process, in `dtype`, of weights in `stored`."""
+    def onnx(
+        self,
+        family: str,
+        task: str,
+        dtype: str = "float32",
+        stored: str = "float32",
+        layout: str = "portable",
+        **overrides: Any,
+    ) -> Path:
+        """The `model.onnx` of an export in this process, in `dtype`, of weights in `stored`.
+
+        A linked one lies in a copy of the checkpoint.
+        """
+        from here import in_this_process
+
         from surgery.export import export
 
-        name = f"{family}-{stored}-{task}-{dtype}"
-        if name not in self._made:
-            source = self.checkpoint(family, stored)
-            self._made[name] = export(source, self.root / name, task=task, dtype=dtype).model
-        return self._made[name]
+        source = self.checkpoint(family, stored, **overrides)
+        folder = self.root / f"{source.name}-{layout}-{task}-{dtype}"
+        if folder.name not in self._made:
+            if layout == "linked":
+                source = Path(shutil.copytree(source, folder))
+            with in_this_process():
+                made = export(source, folder, task=task, dtype=dtype, layout=layout)
+            self._made[folder.name] = made.model
+        return self._made[folder.name]
 
 
 _ZOOS: list[Zoo] = []

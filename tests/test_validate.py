@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 from corners import Here
@@ -21,7 +20,6 @@ from recipes import write_recipe
 
 from surgery import api
 from surgery.edits import OPS
-from surgery.export import capture
 from surgery.recipe import load_recipe
 from surgery.report import Report
 
@@ -91,19 +89,8 @@ EDITS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Children in this process; each config's graph is captured once, each corner of torch runs
-    once."""
-    graphs: dict[tuple[object, ...], Any] = {}
-    original: Callable[..., Any] = capture.capture
-
-    def captured(model: Path, *options: object) -> Any:
-        key = ((model / "config.json").read_bytes(), *options)
-        if key not in graphs:
-            graphs[key] = original(model, *options)
-        return graphs[key]
-
-    corners = Here(tmp_path_factory.mktemp("corners"))
-    with patch.object(capture, "capture", captured), corners.installed():
+    """Children in this process; each corner of torch runs once."""
+    with Here(tmp_path_factory.mktemp("corners")).installed():
         yield
 
 

@@ -29,6 +29,8 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 RECEIPT = "surgery-receipt.json"
 EXPORT_RECEIPT = "surgery-export.json"
+LINEAGE = "lineage.json"
+"""What an export's initializers are made of; like the receipts, it is of one folder alone."""
 
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 _OTHER_WEIGHTS = re.compile(
@@ -45,7 +47,7 @@ class Checkpoint:
 
     `headers` maps each weight file to its header, `tensors` each tensor to where it lies;
     `side_files` are carried into an edited copy, `not_carried` are not (other weight formats,
-    which an edit would leave unedited, receipts of earlier steps, and hidden folders).
+    which an edit would leave unedited, what earlier steps said of themselves, and hidden folders).
     """
 
     root: Path
@@ -227,7 +229,7 @@ def _sort_side_files(
             continue
         if not file.isprintable():
             raise CheckpointError(f"{root}: {quote(file)} is not a printable file name; rename it")
-        if _OTHER_WEIGHTS.search(file) or file in (RECEIPT, EXPORT_RECEIPT):
+        if _OTHER_WEIGHTS.search(file) or file in (RECEIPT, EXPORT_RECEIPT, LINEAGE):
             left.append(file)
         else:
             resolve_inside(root, file)

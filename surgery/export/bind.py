@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from surgery.arch import identify
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import EDITABLE
 from surgery.errors import ExportError, OnnxError, quote
 from surgery.export.capture import PARAMETERS, PREFIX
-from surgery.export.expressions import Cast, Expression, Tensor, bands, cast, substitute
+from surgery.export.expressions import Cast, Expression, Tensor, cast, substitute
 from surgery.export.fold import Expressions
 from surgery.export.parameters import source, sources
 
@@ -43,22 +45,37 @@ def unused(checkpoint: Checkpoint, bound: Expressions) -> tuple[str, ...]:
     return tuple(sorted(set(checkpoint.tensors) - used))
 
 
+def numbers(expression: Expression, checkpoint: Checkpoint) -> Iterator[NDArray[Any]]:
+    """The bands of a bound expression, as `Expression.stream` gives them.
+
+    Raises `OnnxError` where a finite value does not fit the float16 it is cast to.
+    """
+    if not (isinstance(expression, Cast) and expression.to == "float16"):
+        yield from expression.stream(checkpoint)
+        return
+    for band in expression.of.stream(checkpoint):
+        yield _halved(band, expression, checkpoint)
+
+
 def refuse_overflow(bound: Expressions, checkpoint: Checkpoint) -> None:
     """Raises `OnnxError` where a finite value of a tensor does not fit float16; band by band."""
-    half = np.dtype(np.float16)
-    for tensor in sorted({t for expression in bound.values() for t in expression.tensors()}):
-        if checkpoint.info(tensor).dtype == "F16":
-            continue
-        stored = Tensor(tensor)
-        for rows in bands(stored, checkpoint):
-            band = stored.rows(checkpoint, *rows)
-            lost = np.isfinite(band) & ~np.isfinite(cast(band, half))
-            if lost.any():
-                worst = float(np.abs(band[lost].astype(np.float64)).max())
-                raise OnnxError(
-                    f"{checkpoint.root}: tensor {quote(tensor)} holds {worst:g}, which does not "
-                    "fit float16 (largest 65504); export with --dtype float32"
-                )
+    for name in sorted({t for expression in bound.values() for t in expression.tensors()}):
+        if checkpoint.info(name).dtype != "F16":
+            for _ in numbers(Cast(Tensor(name), "float16"), checkpoint):
+                pass
+
+
+def _halved(band: NDArray[Any], expression: Expression, checkpoint: Checkpoint) -> NDArray[Any]:
+    half = cast(band, np.dtype(np.float16))
+    lost = np.isinf(half) & np.isfinite(band)
+    if lost.any():
+        worst = float(np.abs(band[lost].astype(np.float64)).max())
+        tensors = ", ".join(map(quote, expression.tensors()))
+        raise OnnxError(
+            f"{checkpoint.root}: tensor {tensors} holds {worst:g}, which does not fit float16 "
+            "(largest 65504); export with --dtype float32"
+        )
+    return half
 
 
 def _check(

@@ -26,6 +26,8 @@ from surgery.errors import InputError, quote
 Shape = tuple[int, ...]
 
 BAND_BYTES = 4 << 20
+_STRIP = 256
+"""Rows that are transposed at a time."""
 
 
 class Expression(ABC):
@@ -57,6 +59,11 @@ class Expression(ABC):
         """The whole array."""
         shape = self.shape(checkpoint)
         return self.rows(checkpoint, 0, shape[0] if shape else 0)
+
+    def stream(self, checkpoint: Checkpoint, limit: int = BAND_BYTES) -> Iterator[NDArray[Any]]:
+        """Its rows from the first to the last, in the bands of `bands`; no tensor is read twice."""
+        for start, stop in bands(self, checkpoint, limit):
+            yield self.rows(checkpoint, start, stop)
 
     def tensors(self) -> tuple[str, ...]:
         """The names of the checkpoint tensors in it, each once, in order."""
@@ -110,6 +117,10 @@ class Cast(Expression):
     def rows(self, checkpoint: Checkpoint, start: int, stop: int) -> NDArray[Any]:
         return cast(self.of.rows(checkpoint, start, stop), float_dtype(self.to))
 
+    def stream(self, checkpoint: Checkpoint, limit: int = BAND_BYTES) -> Iterator[NDArray[Any]]:
+        for band in self.of.stream(checkpoint, limit):
+            yield cast(band, float_dtype(self.to))
+
     def operands(self) -> tuple[Expression, ...]:
         return (self.of,)
 
@@ -136,7 +147,15 @@ class Transpose(Expression):
     def rows(self, checkpoint: Checkpoint, start: int, stop: int) -> NDArray[Any]:
         if len(self.shape(checkpoint)) > 2:
             return np.ascontiguousarray(self.of.rows(checkpoint, start, stop).swapaxes(-1, -2))
-        return np.ascontiguousarray(self.of.read(checkpoint)[:, start:stop].T)
+        return _turned(self.of.read(checkpoint)[:, start:stop])
+
+    def stream(self, checkpoint: Checkpoint, limit: int = BAND_BYTES) -> Iterator[NDArray[Any]]:
+        if len(self.shape(checkpoint)) > 2:
+            yield from super().stream(checkpoint, limit)
+            return
+        whole = self.of.read(checkpoint)
+        for start, stop in bands(self, checkpoint, limit):
+            yield _turned(whole[:, start:stop])
 
     def operands(self) -> tuple[Expression, ...]:
         return (self.of,)
@@ -265,6 +284,41 @@ class Item(Expression):
         return {"item": self.of.to_json(), "index": self.index}
 
 
+@dataclass(frozen=True)
+class Fold(Expression):
+    """`of` · `factor` + `offset`, computed in float32: constants that an optimiser multiplied in.
+
+    A factor of 1 and an offset of 0 are left out, so that they change no bit.
+    """
+
+    kind: ClassVar[str] = "folded expression"
+    of: Expression
+    factor: float = 1.0
+    offset: float = 0.0
+
+    def shape(self, checkpoint: Checkpoint) -> Shape:
+        return self.of.shape(checkpoint)
+
+    def dtype(self, checkpoint: Checkpoint) -> np.dtype[Any]:
+        return np.dtype(np.float32)
+
+    def rows(self, checkpoint: Checkpoint, start: int, stop: int) -> NDArray[Any]:
+        return self.apply(self.of.rows(checkpoint, start, stop))
+
+    def apply(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The constants folded into numbers of `of`."""
+        values = cast(values, np.dtype(np.float32))
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = values if self.factor == 1 else values * np.float32(self.factor)
+            return values if self.offset == 0 else values + np.float32(self.offset)
+
+    def operands(self) -> tuple[Expression, ...]:
+        return (self.of,)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"fold": self.of.to_json(), "factor": self.factor, "offset": self.offset}
+
+
 def transpose(of: Expression) -> Expression:
     """`Transpose(of)`; twice is not at all."""
     return of.of if isinstance(of, Transpose) else Transpose(of)
@@ -287,7 +341,7 @@ def substitute(expression: Expression, known: Mapping[str, Expression]) -> Expre
     match expression:
         case Concat() | Stack():
             return replace(expression, parts=parts)
-        case Cast() | Slice():
+        case Cast() | Fold() | Slice():
             return replace(expression, of=parts[0])
         case Transpose():
             return transpose(parts[0])
@@ -329,6 +383,8 @@ def _parse(fields: Mapping[str, Any]) -> Expression:
         return Slice(_parse(fields["slice"]), *numbers)
     if "concatenation" in fields:
         return Concat(tuple(map(_parse, fields["concatenation"])), int(fields["axis"]))
+    if "fold" in fields:
+        return Fold(_parse(fields["fold"]), float(fields["factor"]), float(fields["offset"]))
     return Stack(tuple(map(_parse, fields["stack"])))
 
 
@@ -344,6 +400,15 @@ def bands(
     height = max(1, limit * shape[0] // size)
     for start in range(0, shape[0], height):
         yield start, min(start + height, shape[0])
+
+
+def _turned(matrix: NDArray[Any]) -> NDArray[Any]:
+    """`matrix.T` in C order. A strip at a time stays in the caches, which the whole does not."""
+    turned = np.empty(matrix.shape[::-1], matrix.dtype)
+    for start in range(0, len(matrix), _STRIP):
+        strip = slice(start, start + _STRIP)
+        turned[:, strip] = matrix[strip].T
+    return turned
 
 
 def float_dtype(name: str) -> np.dtype[Any]:

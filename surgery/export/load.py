@@ -103,8 +103,7 @@ def _model_class(transformers: Any, task: Task, config: Any) -> Any:
 
 
 def _implementation(cls: Any) -> dict[str, str]:
-    """How attention is computed: eager only where a class has nothing else, for in float64 that
-    gives NaN in rows that may attend nowhere."""
+    """How attention is computed: eager only where a class has nothing else."""
     return {"attn_implementation": "sdpa" if cls._supports_sdpa else "eager"}
 
 

@@ -7,7 +7,7 @@ when nobody refuses it. No weight byte of external data is read.
 
 from __future__ import annotations
 
-import os
+import contextlib
 import stat
 import tempfile
 from pathlib import Path
@@ -82,10 +82,13 @@ def check(
     *,
     initializers: Path | None = None,
     session: bool = False,
+    full: bool = False,
     limits: process.Limits = CHECK_LIMITS,
 ) -> None:
     """Raises `OnnxError` unless `read`, onnx.checker and (with `session`) onnxruntime accept it.
 
+    With `full` the checker also infers types and shapes, and refuses any that contradict each
+    other; it knows none of operators outside of ONNX's own domains.
     All of it runs in a child: a checker that crashes or hangs has refused the file.
     """
     folder = initializers.resolve() if initializers else None
@@ -94,16 +97,17 @@ def check(
         "path": str(path.absolute()),
         "initializers": str(folder) if folder else None,
         "session": session,
+        "full": full,
     }
     with tempfile.TemporaryDirectory(prefix="surgery-check-") as scratch:
         ending = process.run("surgery.export.worker", arguments, Path(scratch), limits)
     ending.value(f"{path}: was refused", OnnxError)
 
 
-def check_here(path: Path, initializers: Path | None, session: bool) -> None:
+def check_here(path: Path, initializers: Path | None, session: bool, *, full: bool = False) -> None:
     """`check`'s work, in the calling process."""
     model = read(path, initializers)
-    _run_checker(path, initializers, model)
+    _run_checker(path, initializers, model, full)
     if session:
         import onnxruntime
 
@@ -111,20 +115,26 @@ def check_here(path: Path, initializers: Path | None, session: bool) -> None:
         # Opening, not optimising: what is asked is whether the file can be loaded.
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
         _open_session(path, initializers, options)
 
 
-def _run_checker(path: Path, initializers: Path | None, model: Any) -> None:
-    from onnx import checker
+def _run_checker(path: Path, initializers: Path | None, model: Any, full: bool) -> None:
+    from onnx import checker, shape_inference
 
     try:
         if initializers is None:
-            checker.check_model(str(path))
+            checker.check_model(str(path), full_check=full)
         else:
             # Given a proto, the checker looks for external data in the working folder.
-            os.chdir(initializers)
-            checker.check_model(model)
-    except (checker.ValidationError, ValueError, RuntimeError) as error:
+            with contextlib.chdir(initializers):
+                checker.check_model(model, full_check=full)
+    except (
+        checker.ValidationError,
+        shape_inference.InferenceError,
+        ValueError,
+        RuntimeError,
+    ) as error:
         line = (str(error).strip().splitlines() or ["no message"])[0]
         raise OnnxError(f"{path}: onnx.checker: {quote(line, 300)}") from None
 

@@ -150,6 +150,14 @@ def _check_twins(regions: Mapping[int, _Region], first: int, second: int, layers
     """Raises `Unstitchable` unless the regions are the same, each with its own parameters."""
     one, other = regions[first], regions[second]
     where = f"layers {first} and {second} differ"
+
+    def twins(left: Any, right: Any) -> bool:
+        """Whether what comes from outside is each layer's own, or the same and no layer's."""
+        if left is None or right is None:
+            return left is right
+        named = layers.renamed(left.name, first, second)
+        return left is right if named == left.name else named == right.name
+
     if len(one.nodes) != len(other.nodes):
         raise Unstitchable(where)
     same = {one.given: other.given}
@@ -157,11 +165,7 @@ def _check_twins(regions: Mapping[int, _Region], first: int, second: int, layers
         if _signature(a) != _signature(b):
             raise Unstitchable(f"{where} at {a.op_type}")
         for left, right in zip(a.inputs, b.inputs, strict=True):
-            if left in same:
-                equal = same[left] is right
-            else:
-                named = left and right and layers.renamed(left.name, first, second) == right.name
-                equal = left is right or bool(named)
+            equal = same[left] is right if left in same else twins(left, right)
             if not equal:
                 raise Unstitchable(f"{where} in what {a.op_type} reads")
         same |= dict(zip(a.outputs, b.outputs, strict=True))
@@ -191,11 +195,11 @@ class _Weaver:
 
     def __init__(self, graph: Any, layers: Layers, parts: _Parts) -> None:
         self._graph, self._layers, self._parts = graph, layers, parts
+        self._find_layer = _layer_finder(layers.block)
         self._values: dict[Any, Any] = {}
         self._made: dict[str, Any] = {}
         self._nodes: list[Any] = []
         self._inputs: list[Any] = []
-        self._outputs: list[Any] = []
 
     def weave(self) -> Any:
         import onnx_ir
@@ -238,14 +242,22 @@ class _Weaver:
                 num_outputs=len(node.outputs),
                 metadata_props=dict(node.metadata_props),
             )
-            if layer:
-                path = copy.metadata_props[_SCOPES]
-                old, new = (self._layers.block.format(layer=number) for number in layer)
-                copy.metadata_props[_SCOPES] = re.sub(rf"{re.escape(old)}(?=['.])", new, path)
+            self._rescope(copy, layer or self._first(node))
             for old, new in zip(node.outputs, copy.outputs, strict=True):
                 new.name, new.shape, new.type = old.name, old.shape, old.type
                 self._values[old] = new
             self._nodes.append(copy)
+
+    def _first(self, node: Any) -> tuple[int, int] | None:
+        """The traced layer of a node that is in no region, and the first layer that is one."""
+        traced, template = self._find_layer(node), self._layers.template
+        return (traced, template.index(traced)) if traced in template else None
+
+    def _rescope(self, node: Any, layer: tuple[int, int] | None) -> None:
+        if layer:
+            old, new = (self._layers.block.format(layer=number) for number in layer)
+            path = node.metadata_props[_SCOPES]
+            node.metadata_props[_SCOPES] = re.sub(rf"{re.escape(old)}(?=['.])", new, path)
 
     def _value(self, value: Any, layer: tuple[int, int] | None) -> Any:
         if value.producer() is not None:

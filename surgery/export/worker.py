@@ -1,4 +1,4 @@
-"""The child process of `onnxfile.check` and `graphs.captured`: `python -m … job.json`."""
+"""The child process of `check`, `captured` and `quantize`: `python -m … job.json`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from surgery import process
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Does what `arguments["action"]` names, `check` or `capture`; the answer is JSON."""
-    if arguments["action"] == "check":
-        return _check(arguments)
-    return _capture(arguments)
+    """Does what `arguments["action"]` names; the answer is JSON."""
+    actions = {"check": _check, "capture": _capture, "quantize": _quantize}
+    return actions[arguments["action"]](arguments)
 
 
 def _check(arguments: dict[str, Any]) -> dict[str, Any]:
     from surgery.export.onnxfile import check_here
 
     folder = arguments["initializers"]
-    check_here(Path(arguments["path"]), Path(folder) if folder else None, arguments["session"])
+    check_here(
+        Path(arguments["path"]),
+        Path(folder) if folder else None,
+        arguments["session"],
+        full=arguments["full"],
+    )
     return {}
 
 
@@ -36,6 +40,13 @@ def _capture(arguments: dict[str, Any]) -> dict[str, Any]:
         report=Path(report) if report else None,
     )
     Path(arguments["output"]).write_bytes(serialized(graph))
+    return {}
+
+
+def _quantize(arguments: dict[str, Any]) -> dict[str, Any]:
+    from surgery.export.quantize import quantize_here
+
+    quantize_here(Path(arguments["source"]), Path(arguments["target"]))
     return {}
 
 

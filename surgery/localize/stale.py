@@ -6,20 +6,21 @@ from collections.abc import Iterator, Mapping
 
 from surgery.differential import Pair
 from surgery.evidence import EDGES, Finding
-from surgery.export.lineage import compare_initializers
+from surgery.export.lineage import trace
+from surgery.export.lineage.diagnosis import MISSING
 
 
 def stale_tensors(pairs: Mapping[str, Pair]) -> Iterator[Finding]:
-    """Initializers that carry the name and shape of a checkpoint tensor, but not its numbers.
+    """Initializers that should be a checkpoint tensor and are not.
+
+    Tensors that no initializer holds are left to the outputs: an exporter may have made something
+    else of them that computes the same.
 
     Raises `OnnxError` and `CheckpointError` for files that cannot be read.
     """
     for edge, pair in pairs.items():
         corner = EDGES[edge][1]
-        for row in compare_initializers(pair.onnx, pair.model, pair.initializers):
-            if row.status == "different":
-                message = (
-                    f"{corner}: initializer {row.initializer} is not {row.tensor} of "
-                    f"{pair.model.name}; export that checkpoint again"
-                )
-                yield Finding("lineage", "stale tensor", f"{corner}/{row.tensor}", message)
+        for fault in trace(pair.onnx, pair.model, initializers=pair.initializers).findings:
+            if fault.symptom != MISSING:
+                message = f"{corner}: {fault.message}; export {pair.model.name} again"
+                yield Finding("lineage", fault.symptom, f"{corner}/{fault.tensor}", message)

@@ -74,7 +74,13 @@ class TorchRuntime(Runtime):
 
 
 def widen(torch: Any) -> AbstractContextManager[Any]:
-    """While entered, every torch call that asks for float32 by name gets float64."""
+    """While entered, every torch call that asks for float32 by name gets float64.
+
+    Without it padding gives NaN. Eager attention adds the smallest float64 number to the scores
+    it masks and takes the softmax in float32: there that number is -inf, and a row of padding,
+    which may attend to nothing, is NaN in each place. Later layers spread it to real rows, for 0
+    times NaN is NaN. In float64 throughout the mask stays finite, and such a row is a plain mean.
+    """
 
     def wide(value: Any) -> Any:
         return torch.float64 if value is torch.float32 else value

@@ -42,9 +42,19 @@ def swap(model: ModelProto, one: str, other: str) -> None:
 
 
 def rename(model: ModelProto, name: str, new: str) -> None:
-    """Another name for a weight, so that lineage no longer knows which tensor it should be."""
+    """Another name for a weight."""
     _initializer(model, name).name = new
     _redirect(model, name, new)
+
+
+def reverse_rows(model: ModelProto, name: str, new: str) -> None:
+    """Keeps a weight as `new`, its rows in reverse order; the graph turns them round again."""
+    values = weight(model, name)
+    order = np.arange(len(values) - 1, -1, -1, dtype=np.int64)
+    put(model, name, values[::-1])
+    _initializer(model, name).name = new
+    model.graph.initializer.append(numpy_helper.from_array(order, f"{new}.order"))
+    _prepend(model, helper.make_node("Gather", [new, f"{new}.order"], [name]))
 
 
 def _initializer(model: ModelProto, name: str) -> TensorProto:

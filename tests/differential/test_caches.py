@@ -135,7 +135,7 @@ def test_a_missing_conversion_is_exported_with_the_cache_of_the_other(
         tasks.append(task)
         shutil.copytree(case.edited_onnx.parent, output)
 
-    monkeypatch.setattr(pipeline, "export_in_child", export)
+    monkeypatch.setattr(pipeline, "export", export)
     assert lab.diff_edited(case, edited_onnx=None).verdict == "pass"
     assert tasks == [TASK]
 

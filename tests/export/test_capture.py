@@ -12,11 +12,12 @@ import pytest
 
 from surgery import process
 from surgery.errors import ArchitectureError, CheckpointError, ExportError, InputError
-from surgery.export import TASKS, default_task, export, export_in_child
+from surgery.export import LAYOUTS, TASKS, default_task, export
 from surgery.export.capture import _check_dynamic
 from surgery.export.load import load_model
 from surgery.runtimes import RUNTIMES, ModelRef, Runtime
 from tests.batches import BATCHES
+from tests.here import in_this_process
 from tests.models import DECODERS, Zoo, make
 
 TOLERANCE = 1e-5
@@ -113,23 +114,26 @@ def test_float16_and_bfloat16_weights_export(zoo: Zoo, family: str) -> None:
 
 def test_nothing_of_this_machine_and_no_trace_is_in_the_file(zoo: Zoo) -> None:
     data = zoo.onnx("bert", "encoder").read_bytes()
+    data += zoo.onnx("bert", "encoder", layout="linked").read_bytes()
     for mark in (b"site-packages", b"stack_trace", b".py", str(zoo.root).encode()):
         assert mark not in data
 
 
 def test_exporting_is_silent_and_gives_the_same_bytes_again(
-    zoo: Zoo, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    zoo: Zoo, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Captured anew, in this process."""
     earlier = zoo.onnx("bert", "encoder")
+    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path / "cache"))
     capfd.readouterr()
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, in_this_process():
         warnings.simplefilter("always")
-        again = export(zoo.checkpoint("bert"), tmp_path / "again").model
+        again = export(zoo.checkpoint("bert"), tmp_path / "again")
+    assert not again.cached
     assert capfd.readouterr() == ("", "")
     assert not caught
-    assert again.read_bytes() == earlier.read_bytes()
-    data = "model.onnx.data"
-    assert again.with_name(data).read_bytes() == earlier.with_name(data).read_bytes()
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (again.output / name).read_bytes() == earlier.with_name(name).read_bytes()
 
 
 def test_a_baked_in_axis_is_an_error() -> None:
@@ -169,9 +173,9 @@ def test_a_task_of_another_kind_of_model_is_refused_before_a_child_starts(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, task: str
 ) -> None:
     monkeypatch.delattr(process, "run")
-    for run in (export, export_in_child):
+    for layout in LAYOUTS:
         with pytest.raises(InputError, match=WRONG_TASKS[family, task]):
-            run(zoo.checkpoint(family), tmp_path / "out", task=task)
+            export(zoo.checkpoint(family), task=task, layout=layout)
     assert list(tmp_path.iterdir()) == []
 
 

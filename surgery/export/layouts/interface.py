@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from surgery.checkpoint import Checkpoint
+from surgery import process
+from surgery.checkpoint import LINEAGE, Checkpoint
+from surgery.checkpoint.parallel import Progress
 from surgery.export.fold import Expressions
 
+__all__ = ["LINEAGE", "MODEL", "Layout", "Request", "Stages", "Written"]
+
 MODEL = "model.onnx"
-LINEAGE = "lineage.json"
+CHILD_LIMITS = process.Limits(seconds=3600.0)
 Stages = Callable[[str], None]
 """Called with the name of a stage as it begins."""
 
@@ -20,13 +24,16 @@ Stages = Callable[[str], None]
 @dataclass(frozen=True)
 class Request:
     """What is exported: a checkpoint for a task (a name of `TASKS`), computing in `dtype`
-    (`float32` or `float16`), into the folder `output`."""
+    (`float32` or `float16`), into the folder `output`; `quantize` is a name of `QUANTIZATIONS`,
+    `limits` what each child process may use."""
 
     checkpoint: Checkpoint
     output: Path
     task: str
     opset: int
     dtype: str
+    quantize: str | None = None
+    limits: process.Limits = CHILD_LIMITS
 
 
 @dataclass(frozen=True)
@@ -48,5 +55,10 @@ class Layout(ABC):
         """Where files go; raises `InputError` or `OutputError` for a place they cannot go to."""
 
     @abstractmethod
-    def write(self, model: Any, request: Request, stage: Stages) -> Written:
-        """Write the captured `onnx_ir.Model`, which this may change, to `request.output`."""
+    def write(
+        self, model: Any, request: Request, stage: Stages, progress: Progress | None = None
+    ) -> Written:
+        """Write the captured `onnx_ir.Model`, which this may change, to `request.output`.
+
+        `progress` is told of bytes read and written while there are many.
+        """

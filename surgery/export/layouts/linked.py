@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from surgery.checkpoint import Checkpoint
+from surgery.checkpoint.parallel import Progress
 from surgery.errors import OutputError
 from surgery.export.bind import bind, refuse_overflow
 from surgery.export.expressions import Cast, Concat, Expression, Stack, Tensor, Transpose
@@ -37,7 +38,9 @@ class Linked(Layout):
             )
         return model_dir
 
-    def write(self, model: Any, request: Request, stage: Stages) -> Written:
+    def write(
+        self, model: Any, request: Request, stage: Stages, progress: Progress | None = None
+    ) -> Written:
         refuse_links(request.checkpoint)
         stage("bind")
         bound = link(model, request.checkpoint)

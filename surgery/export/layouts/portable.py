@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from surgery.checkpoint import Checkpoint
+from surgery.checkpoint.parallel import Progress
 from surgery.checkpoint.staging import refuse_inside, refuse_occupied
-from surgery.export.bind import bind, refuse_overflow
-from surgery.export.expressions import Cast, Expression
-from surgery.export.fold import Expressions, fold
+from surgery.export.bind import bind
+from surgery.export.fold import fold
 from surgery.export.layouts.interface import Layout, Request, Stages, Written
+from surgery.export.optimise import optimise
+from surgery.export.tied import share_tied
 from surgery.export.write import write_folder
 
 
@@ -25,28 +26,14 @@ class Portable(Layout):
         refuse_occupied(folder.absolute())
         return folder
 
-    def write(self, model: Any, request: Request, stage: Stages) -> Written:
-        stage("bind")
+    def write(
+        self, model: Any, request: Request, stage: Stages, progress: Progress | None = None
+    ) -> Written:
+        stage("optimise")
         expressions = fold(model)
+        if not request.quantize:  # onnxruntime quantises MatMul, and no Gemm
+            share_tied(model, expressions)
+        optimise(model, expressions)
+        stage("bind")
         bound = bind(model, expressions, request.checkpoint)
-        if any(isinstance(e, Cast) and e.to == "float16" for e in bound.values()):
-            refuse_overflow(bound, request.checkpoint)
-        _fill(model, bound, request.checkpoint)
-        stage("write")
-        return Written(write_folder(model, bound, request, stage), bound)
-
-
-def _fill(model: Any, bound: Expressions, checkpoint: Checkpoint) -> None:
-    import onnx_ir
-
-    for name, expression in bound.items():
-        value = model.graph.initializers[name]
-        value.const_value = onnx_ir.LazyTensor(
-            _reader(expression, checkpoint, name), dtype=value.dtype, shape=value.shape, name=name
-        )
-
-
-def _reader(expression: Expression, checkpoint: Checkpoint, name: str) -> Any:
-    import onnx_ir
-
-    return lambda: onnx_ir.tensor(expression.read(checkpoint), name=name)
+        return Written(write_folder(model, bound, request, stage, progress), bound)
