@@ -9,8 +9,8 @@ vanish everywhere else: that confirms it.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ from numpy.typing import NDArray
 from surgery.arch import Architecture, identify
 from surgery.checkpoint import Checkpoint
 from surgery.differential import Limits, Pair
-from surgery.export import export_graph, onnxfile
+from surgery.errors import quote
+from surgery.evidence import Finding
+from surgery.export import onnxfile
+from surgery.export.lineage import Lineage
 from surgery.export.tasks import Task
 from surgery.localize.boundaries import OUTPUT, Boundary, find_boundaries, owners_of
 from surgery.localize.operators import Operator, find_operator
@@ -29,6 +32,13 @@ from surgery.stimuli import Batch
 
 LIMIT = 8.0
 """Errors are told in units of noise; the built-in policy allows a conversion this many."""
+
+
+_MEANING = {
+    "translate": "the graph says something else than the model",
+    "optimise": "ONNX Runtime gets it right with optimisations off",
+    "kernel": "ONNX Runtime computes an operator otherwise than ONNX defines it",
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,14 @@ class Fault:
     stage: str
     operator: Operator | None
 
+    def __str__(self) -> str:
+        node = f" at {self.operator}" if self.operator else ""
+        sure = "is confirmed" if self.confirmed else "is not confirmed"
+        return (
+            f"the error comes in at {self.site}{node}, {self.introduced:.3g} times the noise "
+            f"({_MEANING[self.stage]}); it {sure} by putting PyTorch's value there"
+        )
+
 
 @dataclass(frozen=True)
 class Localization:
@@ -73,23 +91,39 @@ class Localization:
     faults: tuple[Fault, ...]
     batch: str
 
+    @property
+    def clean(self) -> bool:
+        """Whether no boundary is off by more than the limit."""
+        return not self.faults and all(row.error <= LIMIT for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def findings(self, corner: str) -> Iterator[Finding]:
+        """The faults as findings about `corner`, R_o or R_e."""
+        for fault in self.faults:
+            site = f"{corner}/{fault.site}"
+            message = f"{corner}: {fault}, on {quote(self.batch)}"
+            yield Finding(fault.stage, "introduced error", site, message, fault.introduced, LIMIT)
+
 
 def localize(
     pair: Pair,
     task: Task,
     batch: Batch,
-    made_of: Iterable[tuple[str, Iterable[str]]],
+    lineage: Lineage,
     limits: Limits | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Localization:
     """Where ONNX Runtime parts from PyTorch on one batch.
 
-    `made_of` gives each initializer of the graph with the checkpoint tensors it is made of, as
-    lineage finds them. Raises `OnnxError` for a file that is refused, and what a child raises.
+    `lineage` says which initializer of the graph is which tensor, whether it holds its numbers or
+    not. Raises `OnnxError` for a file that is refused, `EnvironmentFault` where a run fails.
     """
     arch = identify(Checkpoint.open(pair.model))
     model = onnxfile.read(pair.onnx, pair.initializers)
-    boundaries = find_boundaries(model.graph, owners_of(made_of, arch), arch)
+    owners = owners_of(((row.name, row.tensors) for row in lineage.rows), arch)
+    boundaries = find_boundaries(model.graph, owners, arch)
     with tempfile.TemporaryDirectory(prefix="surgery-localize-") as scratch:
         runs = Runs(pair, task, batch, Path(scratch), limits or Limits())
         return _Localizer(runs, arch, model, boundaries, progress).localize()
@@ -197,9 +231,15 @@ class _Localizer:
         return True
 
     def _stage(self, boundary: Boundary, given: Mapping[str, NDArray[Any]]) -> str:
-        """What of the conversion is at fault, by who else gets it right."""
-        plain = self._runs.onnx([boundary.value], given, optimised=False)
-        wide = self._wide[boundary.site]
-        noise = self._largest(self._torch[boundary.site], wide)
-        right = self._ratio(plain[boundary.value], self._torch[boundary.site], noise) <= LIMIT
-        return "optimise" if right else "translate"
+        """What of the conversion is at fault, by who else gets it right: nothing optimised, or
+        the onnx package's own definitions of the operators."""
+        own, wide = self._torch[boundary.site], self._wide[boundary.site]
+        noise = self._largest(own, wide)
+
+        def right(values: Arrays) -> bool:
+            found = values.get(boundary.value)
+            return found is not None and self._ratio(found, own, noise) <= LIMIT
+
+        if right(self._runs.onnx([boundary.value], given, optimised=False)):
+            return "optimise"
+        return "kernel" if right(self._runs.reference(boundary.value, given)) else "translate"

@@ -113,7 +113,11 @@ class _Flow:
     def norm_input(self, node: Any) -> str:
         """What a norm normalises: the value that all of what it computes is made of."""
         [value] = self.activations(node)[:1]
-        if node.op_type in ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"):
+        if node.op_type in (
+            "LayerNormalization",
+            "RMSNormalization",
+            "SimplifiedLayerNormalization",
+        ):
             return value
         while value in self._maker:
             sources = self.activations(self._maker[value])
@@ -139,9 +143,7 @@ class _Flow:
         return dominator
 
 
-def _common(
-    one: str, other: str, dominator: Mapping[str, str], depth: Mapping[str, int]
-) -> str:
+def _common(one: str, other: str, dominator: Mapping[str, str], depth: Mapping[str, int]) -> str:
     while one != other:
         if depth.get(one, 0) < depth.get(other, 0):
             one, other = other, one
@@ -151,7 +153,9 @@ def _common(
     return one
 
 
-def owners_of(initializers: Iterable[tuple[str, Iterable[str]]], arch: Architecture) -> dict[str, Role]:
+def owners_of(
+    initializers: Iterable[tuple[str, Iterable[str]]], arch: Architecture
+) -> dict[str, Role]:
     """Initializer to role, from what tensors each is made of; an initializer that several tensors
     share, or that joins some, belongs to the first."""
     found = {}

@@ -29,7 +29,9 @@ def observed(model: Any, values: Iterable[str], forced: Collection[str] = ()) ->
         port.type.tensor_type.elem_type = kind
         copy.graph.input.append(port)
     given = {value.name for value in copy.graph.output}
-    copy.graph.output.extend(ValueInfoProto(name=v) for v in dict.fromkeys(values) if v not in given)
+    copy.graph.output.extend(
+        ValueInfoProto(name=v) for v in dict.fromkeys(values) if v not in given
+    )
     return copy
 
 
@@ -57,3 +59,27 @@ def segment(model: Any, value: str, stops: Collection[str]) -> list[Any]:
         wanted.add(name)
         queue += [source for source in maker[name].input if source]
     return [node for node in model.graph.node if wanted & set(node.output)]
+
+
+def extract(model: Any, value: str, stops: Collection[str]) -> Any:
+    """A ModelProto of the segment that makes `value` alone; what it reads of `stops`, and of the
+    graph's inputs, it takes as inputs."""
+    from onnx import ModelProto, ValueInfoProto
+
+    nodes = segment(model, value, stops)
+    made = {name for node in nodes for name in node.output}
+    read = {name for node in nodes for name in node.input if name} - made
+    kinds = element_types(model, read & set(stops))
+    part = ModelProto()
+    part.CopyFrom(model)
+    for field in ("node", "input", "output", "initializer", "value_info"):
+        part.graph.ClearField(field)
+    part.graph.node.extend(nodes)
+    part.graph.initializer.extend(t for t in model.graph.initializer if t.name in read)
+    part.graph.input.extend(port for port in model.graph.input if port.name in read)
+    for name, kind in kinds.items():
+        port = ValueInfoProto(name=name)
+        port.type.tensor_type.elem_type = kind
+        part.graph.input.append(port)
+    part.graph.output.append(ValueInfoProto(name=value))
+    return part

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.arch import Architecture
+from surgery.errors import quote
 from surgery.export import export_graph, onnxfile
 from surgery.localize.boundaries import Boundary, find_boundaries, owners_of
 from surgery.localize.graphs import segment
@@ -27,6 +28,9 @@ class Operator:
     kind: str
     inputs: tuple[str, ...]
     value: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {quote(self.name or self.value)}"
 
 
 def find_operator(
@@ -63,9 +67,7 @@ def _results(nodes: list[Any]) -> list[str]:
     return [name for node in nodes for name in node.output if name]
 
 
-def _first_unknown(
-    nodes: list[Any], found: Arrays, known: list[NDArray[Any]]
-) -> Operator | None:
+def _first_unknown(nodes: list[Any], found: Arrays, known: list[NDArray[Any]]) -> Operator | None:
     for node in nodes:
         for name in node.output:
             array = found.get(name)

@@ -62,6 +62,17 @@ class Runs:
             optimised=optimised,
         )
 
+    def reference(self, value: str, given: Mapping[str, NDArray[Any]]) -> Arrays:
+        """`value` of the ONNX graph from those of `given`, by the onnx package's evaluator;
+        nothing where that knows an operator not."""
+        return self._run(
+            action="reference",
+            model=str(self.pair.onnx.absolute()),
+            initializers=str(self.pair.data.absolute()),
+            value=value,
+            given=self._save("given", dict(given)),
+        )
+
     def _run(self, **job: Any) -> Arrays:
         self._count += 1
         save = self.scratch / f"values-{self._count}.npz"
@@ -78,5 +89,5 @@ class Runs:
 
     def _save(self, name: str, arrays: Arrays) -> str:
         path = self.scratch / f"{name}-{self._count}.npz"
-        np.savez(path, **arrays)
+        np.savez(path, allow_pickle=False, **arrays)
         return str(path)

@@ -13,18 +13,20 @@ from numpy.typing import NDArray
 
 from surgery import process
 from surgery.export.tasks import find_task
-from surgery.localize.boundaries import INPUT, OUTPUT, STREAM, Boundary
+from surgery.localize.boundaries import OUTPUT, Boundary
 from surgery.runtimes.interface import ModelRef
 
 Arrays = dict[str, NDArray[Any]]
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """Runs what `job["action"]` names, `torch` or `onnx`, and saves the values as `job["save"]`."""
+    """Runs what `job["action"]` names, `torch`, `onnx` or `reference`; saves the values as
+    `job["save"]`."""
     with np.load(job["batch"], allow_pickle=False) as archive:
         inputs = {name: archive[name] for name in archive.files}
-    values = _torch(job, inputs) if job["action"] == "torch" else _onnx(job, inputs)
-    np.savez(job["save"], **values)
+    run = {"torch": _torch, "onnx": _onnx, "reference": _reference}[job["action"]]
+    values = run(job, inputs)
+    np.savez(job["save"], allow_pickle=False, **values)
     return {"values": sorted(values)}
 
 
@@ -87,6 +89,30 @@ def _onnx(job: dict[str, Any], inputs: Arrays) -> Arrays:
     fed |= {name: array.astype(_NUMPY[types[name]]) for name, array in given.items()}
     names = [value.name for value in session.get_outputs()]
     return dict(zip(names, session.run(names, fed), strict=True))
+
+
+def _reference(job: dict[str, Any], inputs: Arrays) -> Arrays:
+    from onnx.external_data_helper import load_external_data_for_model
+
+    from surgery.export import onnxfile
+    from surgery.localize.graphs import extract
+    from surgery.runtimes import graph
+    from surgery.runtimes.reference import evaluator
+
+    path, folder = Path(job["model"]), Path(job["initializers"])
+    model = onnxfile.read(path, folder)
+    signature = graph.signature(model, find_task(job["task"]).output, str(path))
+    with np.load(job["given"], allow_pickle=False) as archive:
+        given = {name: archive[name] for name in archive.files}
+    part = extract(model, job["value"], given)
+    load_external_data_for_model(part, str(folder))
+    fed = graph.feed(signature.ports, signature.roles, inputs) | given
+    names = {port.name for port in part.graph.input}
+    try:
+        found = evaluator(part).run(None, {name: fed[name] for name in names})
+    except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError):
+        return {}  # an operator of another domain, or one the package does not run
+    return {job["value"]: np.asarray(found[0])}
 
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
