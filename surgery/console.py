@@ -114,8 +114,10 @@ def localization_text(edge: str, found: Localization) -> str:
     ]
     header = ("boundary", "noise", "error/noise", "introduced/noise", "")
     lines = [f"{edge} on {one_line(found.batch)}", table(header, rows), ""]
+    if found.left_out:
+        lines.append(f"of another shape, not compared: {', '.join(found.left_out)}")
     if not found.faults:
-        lines.append("no module brings an error in" if found.clean else "nothing tells where")
+        lines.append("no module brings an error in" if found.clean else f"not found: {found.note}")
     return "\n".join([*lines, *(one_line(str(fault)) for fault in found.faults)])
 
 

@@ -20,13 +20,15 @@ from surgery.export import CACHED, Task, choose_task, export, export_graph, onnx
 from surgery.export.layouts.linked import links
 from surgery.export.lineage import Lineage, trace
 from surgery.gate import judge
-from surgery.localize import Localization
+from surgery.localize import LIMIT, Localization
 from surgery.localize import localize as find
 from surgery.localize.weights import stale_tensors
 from surgery.policy import BUILT_IN, Policy
+from surgery.process import one_line
 from surgery.record import environment
 from surgery.report import Report, render
 from surgery.runtimes.graph import has_cache
+from surgery.stimuli import Batch
 from surgery.stimuli.prompts import load_stimuli
 
 MODEL = "model.onnx"
@@ -278,8 +280,27 @@ def _localized(
             def report(stage: str, edge: str = edge) -> None:
                 progress(f"localising {EDGES[edge][1]}: {stage}")
 
-            found[edge] = find(pair, asked.task, batch, lineages[edge], limits, report)
+            try:
+                own = find(pair, asked.task, batch, lineages[edge], limits, report)
+            except Exception as error:  # whatever a search meets, what was measured stays
+                name, text = type(error).__name__, one_line(str(error))
+                own = Localization((), (), batch.name, note=f"{name}: {text}")
+            wrong = any(max(row.ratio_l2, row.ratio_max) > LIMIT for row in rows)
+            found[edge] = replace(own, note=_unseen(batch)) if own.clean and wrong else own
     return found
+
+
+def _unseen(batch: Batch) -> str:
+    """Why every boundary may be right though the output was not."""
+    if batch.split:
+        return (
+            "every boundary is right where all positions run at once; the output was wrong over "
+            "a key-value cache, so look at what goes in and out of the caches"
+        )
+    return (
+        "every boundary is right where its value is also an output of the graph, which keeps "
+        "ONNX Runtime from fusing across it; so look at its fusions"
+    )
 
 
 def _weights(folder: Path, root: Path | None) -> dict[str, Any]:

@@ -41,6 +41,11 @@ class Boundary:
         return named[self.side]
 
 
+def output_of(output: str, value: str | None = None) -> Boundary:
+    """A task's output as a boundary, after all others; `value`: what the graph calls it."""
+    return Boundary(output, None, OUTPUT, value or output)
+
+
 def find_boundaries(
     graph: Any, owners: Mapping[str, Role], arch: Architecture
 ) -> tuple[Boundary, ...]:

@@ -88,7 +88,16 @@ def _onnx(job: dict[str, Any], inputs: Arrays) -> Arrays:
     fed = graph.feed(signature.ports, signature.roles, inputs)
     fed |= {name: array.astype(_NUMPY[types[name]]) for name, array in given.items()}
     names = [value.name for value in session.get_outputs()]
-    return dict(zip(names, session.run(names, fed), strict=True))
+    found = dict(zip(names, session.run(names, fed), strict=True))
+    return found | _named(model, signature, found)
+
+
+def _named(model: Any, signature: Any, found: Arrays) -> Arrays:
+    """The graph's own outputs by the names they have in optimum's exports."""
+    from surgery.runtimes import graph
+
+    own = {value.name: found[value.name] for value in model.graph.output}
+    return graph.name_outputs(signature, own)
 
 
 def _reference(job: dict[str, Any], inputs: Arrays) -> Arrays:
@@ -115,7 +124,14 @@ def _reference(job: dict[str, Any], inputs: Arrays) -> Arrays:
     return {job["value"]: np.asarray(found[0])}
 
 
-_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+_NUMPY = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+}
 
 
 if __name__ == "__main__":
