@@ -172,7 +172,6 @@ class Operators:
     ) -> Operator:
         """From a node whose operands differ to the one that makes the operand: where a node does
         nothing at all, what it gives is known, and the next one is suspected in its place."""
-        first = node, value
         differing = operands(theirs, node, ours, twin, CLOSENESS[0])
         for mine, other in differing:
             maker, known = theirs.maker(mine), ours.value(other)
@@ -184,11 +183,11 @@ class Operators:
                 if twin is None:
                     return Operator.of(maker, mine)
                 return self._descend(boundary, theirs, maker, mine, ours, twin, right)
-        for node, value, twin in _upwards(node, value, theirs, twin, ours):
-            reason, constant = difference(theirs, node, ours, twin, CLOSENESS[0])
+        for near, its, other in _upwards(node, value, theirs, twin, ours):
+            reason, constant = difference(theirs, near, ours, other, CLOSENESS[0])
             if reason:
-                return Operator.of(node, value, reason=reason, constant=constant)
-        return Operator.of(*first)
+                return Operator.of(near, its, reason=reason, constant=constant)
+        return Operator.of(node, value)
 
 
 def _upwards(
@@ -197,10 +196,10 @@ def _upwards(
     """A node with its twin, then those before it, as far as the two go the same way: a constant
     may be so little off that it shows only later."""
     queue, seen = [(node, value, twin)], {value}
-    for node, value, twin in queue:
-        yield node, value, twin
-        if node.op_type == twin.op_type and len(node.input) == len(twin.input):
-            for mine, other in zip(node.input, twin.input, strict=True):
+    for near, its, like in queue:
+        yield near, its, like
+        if near.op_type == like.op_type and len(near.input) == len(like.input):
+            for mine, other in zip(near.input, like.input, strict=True):
                 makers = theirs.maker(mine), ours.maker(other)
                 if None not in makers and mine not in seen:
                     seen.add(mine)

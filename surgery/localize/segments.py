@@ -47,14 +47,19 @@ class Segment:
 
 
 def constants(model: Any, folder: Path, weights: Collection[str]) -> dict[str, Array]:
-    """The numbers of a ModelProto's initializers but `weights`, and but large ones."""
+    """The numbers of a ModelProto's constants, initializers or nodes; of no `weights`, and of
+    nothing large."""
     from onnx import numpy_helper
 
-    found = {}
-    for tensor in model.graph.initializer:
-        if tensor.name not in weights and math.prod(tensor.dims) <= _MAX_ELEMENTS:
-            found[tensor.name] = numpy_helper.to_array(tensor, str(folder))
-    return found
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            tensors[node.output[0]] = node.attribute[0].t
+    return {
+        name: numpy_helper.to_array(tensor, str(folder))
+        for name, tensor in tensors.items()
+        if name not in weights and math.prod(tensor.dims) <= _MAX_ELEMENTS
+    }
 
 
 def same(a: Array | None, b: Array | None, closeness: float) -> bool:
