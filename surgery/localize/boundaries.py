@@ -61,7 +61,8 @@ def find_boundaries(
                 found.setdefault(source, Boundary(role, layer, STREAM, source))
         elif role in _READ:
             [source] = flow.activations(first)[:1]
-            found.setdefault(source, Boundary(role, layer, INPUT, source))
+            if source in order:
+                found.setdefault(source, Boundary(role, layer, INPUT, source))
         found[last] = Boundary(role, layer, OUTPUT, last)
     return tuple(sorted(found.values(), key=lambda boundary: order[boundary.value]))
 
@@ -103,8 +104,16 @@ class _Flow:
         for name in node.input:
             for role in self._owner.get(name, ()):
                 if role.expert is None and "expert" not in role.role:
-                    tied = role.role == arch.facts.tie.embed and node.op_type != "Gather"
-                    yield (arch.facts.tie.head if tied else role.role), role.layer
+                    named = self._named(role.role, node, arch)
+                    if named is not None:
+                        yield named, role.layer
+
+    def _named(self, role: str, node: Any, arch: Architecture) -> str | None:
+        """The role a node plays that reads this one's parameter: a table looked up in beforehand,
+        at positions that are always the same, is nobody's output; a tied one is the head's."""
+        if arch.facts.modules[role].type != "embedding" or node.op_type == "Gather":
+            return role
+        return arch.facts.tie.head if role == arch.facts.tie.embed else None
 
     def _follows(self, node: Any, value: str) -> bool:
         """Whether the node reads `value`, past nodes that give the same numbers."""

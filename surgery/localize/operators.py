@@ -23,15 +23,23 @@ from surgery.export.lineage.diagnosis import MISSING
 from surgery.localize.boundaries import Boundary, find_boundaries, output_of, owners_of
 from surgery.localize.graphs import segment
 from surgery.localize.runs import Runs
-from surgery.localize.segments import Segment, constants, difference, operands, unmatched
+from surgery.localize.segments import (
+    Segment,
+    constant_difference,
+    constants,
+    difference,
+    likest,
+    operands,
+    unmatched,
+)
 
 Array = NDArray[Any]
 
 CLOSENESS = (2e-6, 1e-4)
 """Two values are the same if they differ by this much of the larger one at most: first by little
 more than rounding, then by what other operators for the same thing may differ."""
-TRIALS = 24
-"""How many suspects are tried for one boundary."""
+TRIALS, TWINS = 48, 4
+"""How many values are tried for one boundary, and how many in the place of one."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +139,9 @@ class Operators:
         values = {name: found[name] for name in results if name in found}
         values |= {name: array for name, array in given.items() if name in read and name != value}
         if path is None:
-            return Segment(nodes, values, constants(model, self._runs.pair.data, self._weights))
+            return Segment.of(nodes, values, constants(model, self._runs.pair.data, self._weights))
         tensors = self._arch.roles
-        return Segment(nodes, values, constants(model, self._runs.pair.model, tensors))
+        return Segment.of(nodes, values, constants(model, self._runs.pair.model, tensors))
 
     def _search(
         self, boundary: Boundary, theirs: Segment, ours: Segment, right: Callable[[Array], bool]
@@ -184,7 +192,8 @@ class Operators:
                     return Operator.of(maker, mine)
                 return self._descend(boundary, theirs, maker, mine, ours, twin, right)
         for near, its, other in _upwards(node, value, theirs, twin, ours):
-            reason, constant = difference(theirs, near, ours, other, CLOSENESS[0])
+            told = difference if near is node else constant_difference
+            reason, constant = told(theirs, near, ours, other, CLOSENESS[0])
             if reason:
                 return Operator.of(near, its, reason=reason, constant=constant)
         return Operator.of(node, value)
@@ -209,20 +218,18 @@ def _upwards(
 def _suspects(
     boundary: Boundary, theirs: Segment, ours: Segment, closeness: float
 ) -> Iterator[tuple[Any, str, Any, Array]]:
-    """Nodes that read what our graph knows and give what it does not, each with a node of ours
-    that gives what theirs does not, and that value; last what makes the boundary itself."""
+    """Nodes that give what our graph does not know, each with those of ours that may be its twin
+    and their values; what makes the boundary itself last."""
     unknown = unmatched(theirs, ours, closeness)
-    missing = unmatched(ours, theirs, closeness)
-    strange = {name for _, name in unknown}
     for node, name in unknown:
-        if strange.isdisjoint(node.input) and name != boundary.value:
+        if name != boundary.value:
             mine = theirs.values[name]
-            for twin, other in missing:
-                array = ours.values[other]
-                if array.size == mine.size and array.dtype.kind == mine.dtype.kind:
-                    yield node, name, twin, array.reshape(mine.shape)
+            for twin, other in likest(mine, node.op_type, ours)[:TWINS]:
+                yield node, name, twin, ours.values[other].reshape(mine.shape)
     node, last = theirs.maker(boundary.value), ours.nodes[-1]
-    yield node, boundary.value, last, ours.values[last.output[0]]
+    strange = {name for _, name in unknown}
+    if strange.isdisjoint(node.input):
+        yield node, boundary.value, last, ours.values[last.output[0]]
 
 
 def _readers(

@@ -34,6 +34,17 @@ class Segment:
     def value(self, name: str) -> Array | None:
         return self.values[name] if name in self.values else self.constants.get(name)
 
+    @classmethod
+    def of(
+        cls, nodes: Sequence[Any], values: Mapping[str, Array], constants: Mapping[str, Array]
+    ) -> Segment:
+        """With what is computed of constants alone among the constants."""
+        known = dict(constants)
+        for node in nodes:
+            if node.input and all(name in known for name in node.input if name):
+                known |= {name: values[name] for name in node.output if name in values}
+        return cls(nodes, values, known)
+
     def maker(self, name: str) -> Any:
         """The node that makes a value; None for what the segment is given."""
         return next((node for node in self.nodes if name in node.output), None)
@@ -75,13 +86,37 @@ def same(a: Array | None, b: Array | None, closeness: float) -> bool:
 
 
 def unmatched(one: Segment, other: Segment, closeness: float) -> list[tuple[Any, str]]:
-    """The nodes of `one` whose value `other` has nowhere, each with that value's name."""
+    """The nodes of `one` whose value `other` has nowhere, each with that value's name; those that
+    compute with whole numbers, shapes mostly, last."""
     known = list(other.values.values())
-    found = []
-    for node, name in one.results():
-        if not any(same(one.values[name], value, closeness) for value in known):
-            found.append((node, name))
-    return found
+    found = [
+        (node, name)
+        for node, name in one.results()
+        if name not in one.constants
+        and not any(same(one.values[name], value, closeness) for value in known)
+    ]
+    return sorted(found, key=lambda pair: one.values[pair[1]].dtype.kind in "iu")
+
+
+def likest(array: Array, kind: str, other: Segment) -> list[tuple[Any, str]]:
+    """Nodes of `other` whose value could be in the place of `array`, the nearest number by number
+    first, then those of the same `kind` of node, each with that value's name."""
+    alike = [
+        (node, name)
+        for node, name in other.results()
+        if other.values[name].size == array.size
+        and other.values[name].dtype.kind == array.dtype.kind
+        and name not in other.constants
+    ]
+    near = min(alike, key=lambda pair: _distance(array, other.values[pair[1]]), default=None)
+    twins = [pair for pair in alike if pair[0].op_type == kind and pair != near]
+    return [*([near] if near else []), *twins]
+
+
+def _distance(a: Array, b: Array) -> float:
+    """The mean difference, whatever is not finite counted as none."""
+    left, right = (_finite(x) for x in (a, b))
+    return float(np.abs(left - right).mean()) if a.size else 0.0
 
 
 def difference(
@@ -89,8 +124,20 @@ def difference(
 ) -> tuple[str, str]:
     """What sets a node apart from its twin in the other segment, in words, and the constant that
     does, if one; empty if nothing tells."""
+    known = other.value(twin.output[0])
+    if any(same(one.values.get(name), known, closeness) for name in node.input):
+        return "which a fresh graph has not", ""
     if node.op_type != twin.op_type:
         return f"where a fresh graph has {twin.op_type}", ""
+    return constant_difference(one, node, other, twin, closeness)
+
+
+def constant_difference(
+    one: Segment, node: Any, other: Segment, twin: Any, closeness: float
+) -> tuple[str, str]:
+    """As `difference`, of constants and attributes alone."""
+    if node.op_type != twin.op_type:
+        return "", ""
     for mine, theirs in operands(one, node, other, twin, closeness):
         if mine in one.constants and theirs in other.constants:
             told = _told(one.constants[mine]), _told(other.constants[theirs])
@@ -150,3 +197,8 @@ def _plain(value: Any) -> str:
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     return f"{value:.7g}" if isinstance(value, float) else str(value)
+
+
+def _finite(array: Array) -> Array:
+    flat = array.reshape(-1).astype(np.float64)
+    return np.nan_to_num(flat, copy=False, nan=0.0, posinf=0.0, neginf=0.0)

@@ -77,8 +77,15 @@ class Base:
     _clean: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     @classmethod
-    def make(cls, name: str, root: Path, here: Here, fields: dict[str, Any] | None = None) -> Base:
-        sizes = {"vocab_size": VOCAB, **deep(name, LAYERS), **(fields or {})}
+    def make(
+        cls,
+        name: str,
+        root: Path,
+        here: Here,
+        fields: dict[str, Any] | None = None,
+        layers: int = LAYERS,
+    ) -> Base:
+        sizes = {"vocab_size": VOCAB, **deep(name, layers), **(fields or FAMILIES.get(name, {}))}
         model = make(name, root / name / "model", **sizes)
         other = make(name, root / name / "other", seed=7, **sizes)
         with in_this_process():

@@ -506,7 +506,7 @@ def _norm(target: Target) -> Any:
 
 def no_norm(target: Target) -> Truth:
     node = _norm(target)
-    site = r".*norm.*"
+    site = rf".*norm.*|(q|k|v|gate|up)_proj\.{target.layer}|qkv\.{target.layer}"
     del node.attribute[:], node.input[1:]
     return _kind(node, "Identity", site)
 
