@@ -98,7 +98,18 @@ class _Flow:
                 first, last = found.get(key, (node, ""))
                 if not last or self._follows(node, last):
                     found[key] = (first, node.output[0])
+        embed = arch.facts.tie.embed, None
+        if arch.facts.scaled_embedding and embed in found:
+            first, last = found[embed]
+            found[embed] = first, self._scaled(last)
         return found
+
+    def _scaled(self, value: str) -> str:
+        """What an embedding gives that multiplies its rows by a number."""
+        for node in self._graph.node:
+            if node.op_type == "Mul" and self.activations(node) == [value]:
+                return str(node.output[0])
+        return value
 
     def _keys(self, node: Any, arch: Architecture) -> Iterator[tuple[str, int | None]]:
         for name in node.input:

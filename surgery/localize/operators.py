@@ -191,6 +191,12 @@ class Operators:
                 if twin is None:
                     return Operator.of(maker, mine)
                 return self._descend(boundary, theirs, maker, mine, ours, twin, right)
+        for mine, other in differing if len(differing) > 1 else ():
+            pair = theirs.maker(mine), ours.maker(other)
+            if None not in pair:
+                reason, constant = constant_difference(theirs, pair[0], ours, pair[1], CLOSENESS[0])
+                if constant:
+                    return Operator.of(pair[0], mine, reason=reason, constant=constant)
         for near, its, other in _upwards(node, value, theirs, twin, ours):
             told = difference if near is node else constant_difference
             reason, constant = told(theirs, near, ours, other, CLOSENESS[0])

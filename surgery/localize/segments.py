@@ -139,8 +139,9 @@ def constant_difference(
     if node.op_type != twin.op_type:
         return "", ""
     for mine, theirs in operands(one, node, other, twin, closeness):
-        if mine in one.constants and theirs in other.constants:
-            told = _told(one.constants[mine]), _told(other.constants[theirs])
+        expected = other.value(theirs)
+        if mine in one.constants and expected is not None:
+            told = _told(one.constants[mine]), _told(expected)
             return f"which reads {quote(mine)} = {told[0]}, in a fresh graph {told[1]}", mine
     return _attributes(node, twin), ""
 
@@ -167,8 +168,7 @@ def _agree(one: Segment, mine: str, other: Segment, theirs: str, closeness: floa
     a, b = one.value(mine), other.value(theirs)
     if a is None or b is None:
         return True  # an input of the graph, or a weight: those have been looked at
-    both = mine in one.constants and theirs in other.constants
-    if both and a.size == b.size and a.dtype.kind == b.dtype.kind == "f":
+    if mine in one.constants and a.size == b.size and a.dtype.kind == b.dtype.kind == "f":
         return bool(np.allclose(a.reshape(-1), b.reshape(-1), rtol=1e-6, atol=0))
     return same(a, b, closeness)
 

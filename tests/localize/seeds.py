@@ -163,7 +163,8 @@ class Target:
 
     @property
     def mlp(self) -> str:
-        return rf"down_proj\.{self.layer} input"
+        dense = ("down_proj", self.layer) in self.roles.values()
+        return rf"down_proj\.{self.layer} input" if dense else self.stream
 
     @property
     def stream(self) -> str:

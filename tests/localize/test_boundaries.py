@@ -17,6 +17,7 @@ from surgery.export import default_task
 from surgery.export.lineage import trace
 from surgery.localize.boundaries import find_boundaries, owners_of
 from tests.export.test_lineage_faults import torch_export
+from tests.localize.campaign import FAMILIES, VOCAB
 from tests.models import MODELS, Zoo
 
 HEAD = '<ir_version: 8, opset_import: ["": 20]> g (float[B, L, 4] x) => (float[B, L, 4] y)'
@@ -31,7 +32,7 @@ def facts(**types: str) -> Any:
     """An architecture whose roles have these module types."""
     modules = {role: SimpleNamespace(type=kind) for role, kind in types.items()}
     tie = SimpleNamespace(embed="embed", head="lm_head")
-    return SimpleNamespace(facts=SimpleNamespace(modules=modules, tie=tie))
+    return SimpleNamespace(facts=SimpleNamespace(modules=modules, tie=tie, scaled_embedding=False))
 
 
 def sites(found: Any, owners: dict[str, Role], arch: Any) -> dict[str, str]:
@@ -123,10 +124,11 @@ def boundaries(path: Path, source: Path) -> dict[str, str]:
 
 def check(zoo: Zoo, model: str, folder: Path) -> None:
     """The same sites in every export, and one for the output of every stored matrix."""
-    source = zoo.checkpoint(model)
+    fields = {"vocab_size": VOCAB, **FAMILIES.get(model, {})}  # those that faults are planted in
+    source = zoo.checkpoint(model, **fields)
     task = default_task(source).name
-    portable = boundaries(zoo.onnx(model, task), source)
-    linked_model = zoo.onnx(model, task, layout="linked")
+    portable = boundaries(zoo.onnx(model, task, **fields), source)
+    linked_model = zoo.onnx(model, task, layout="linked", **fields)
     assert list(boundaries(linked_model, linked_model.parent)) == list(portable)
     arch = identify(Checkpoint.open(source))
     optional = {role for role, fact in arch.facts.modules.items() if fact.optional}
