@@ -43,6 +43,7 @@ def element_types(model: Any, values: Collection[str]) -> dict[str, int]:
         return {}
     inferred = shape_inference.infer_shapes(model).graph
     known = {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.output)}
+    known |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     return {name: known.get(name) or TensorProto.FLOAT for name in values}
 
 

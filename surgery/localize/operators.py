@@ -151,10 +151,35 @@ class Operators:
             pairs = _suspects(boundary, theirs, ours, closeness)
             for node, value, twin, array in islice(pairs, TRIALS):
                 first = first or Operator.of(node, value)
+                constant = self._constant(boundary, theirs, node, value, ours, twin, right)
+                if constant is not None:
+                    return constant
                 if self._heals(boundary, value, array, right):
                     found = self._descend(boundary, theirs, node, value, ours, twin, right)
                     return replace(found, confirmed=True)
         return first
+
+    def _constant(
+        self,
+        boundary: Boundary,
+        theirs: Segment,
+        node: Any,
+        value: str,
+        ours: Segment,
+        twin: Any,
+        right: Callable[[Array], bool],
+    ) -> Operator | None:
+        """The node, if it reads a constant with which it is wrong, here or wherever else that is
+        read, and right with that of its twin."""
+        reason, name = constant_difference(theirs, node, ours, twin, CLOSENESS[0])
+        pairs = dict(operands(theirs, node, ours, twin, CLOSENESS[0]))
+        expected = ours.value(pairs[name]) if name else None
+        if expected is None or expected.size != theirs.constants[name].size:
+            return None
+        array = expected.reshape(theirs.constants[name].shape)
+        if not self._heals(boundary, name, array, right):
+            return None
+        return Operator.of(node, value, reason=reason, constant=name, confirmed=True)
 
     def _heals(
         self, boundary: Boundary, value: str, array: Array, right: Callable[[Array], bool]
@@ -191,12 +216,6 @@ class Operators:
                 if twin is None:
                     return Operator.of(maker, mine)
                 return self._descend(boundary, theirs, maker, mine, ours, twin, right)
-        for mine, other in differing if len(differing) > 1 else ():
-            pair = theirs.maker(mine), ours.maker(other)
-            if None not in pair:
-                reason, constant = constant_difference(theirs, pair[0], ours, pair[1], CLOSENESS[0])
-                if constant:
-                    return Operator.of(pair[0], mine, reason=reason, constant=constant)
         for near, its, other in _upwards(node, value, theirs, twin, ours):
             told = difference if near is node else constant_difference
             reason, constant = told(theirs, near, ours, other, CLOSENESS[0])

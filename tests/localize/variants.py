@@ -32,9 +32,17 @@ def variants(model: Path, onnx: Path, root: Path, causal: bool) -> Iterator[Vari
     yield "linked", folder, linked, nullcontext
     yield "portable", model, onnx, nullcontext
     yield "two threads", model, onnx, partial(patch.dict, os.environ, {"OMP_NUM_THREADS": "2"})
-    plain = partial(onnxruntime.open_session, optimised=False)
-    yield "no optimisations", model, onnx, partial(patch.object, onnxruntime, "open_session", plain)
+    yield "no optimisations", model, onnx, _unoptimised
     yield "PyTorch's exporter", model, torch_export(model, root / "torch.onnx", causal), nullcontext
+
+
+def _unoptimised() -> AbstractContextManager[Any]:
+    real = onnxruntime.open_session
+
+    def open_session(model: Any, folder: Path | None, threads: int, optimised: bool = True) -> Any:
+        return real(model, folder, threads, optimised=False)
+
+    return patch.object(onnxruntime, "open_session", open_session)
 
 
 def torch_export(model: Path, path: Path, causal: bool) -> Path:
