@@ -260,7 +260,7 @@ def _suspects(
 def _readers(
     nodes: Iterable[Any], model: Any, wrong: Mapping[str, tuple[str, ...]]
 ) -> Iterator[tuple[Any, tuple[str, ...]]]:
-    """The nodes that read, past what no input changes, an initializer that is wrong, each with
+    """The nodes that read an initializer that is wrong, or what is made of such alone, each with
     the tensors it should be."""
     made = dict(wrong)
     fixed = {tensor.name for tensor in model.graph.initializer}
@@ -269,7 +269,7 @@ def _readers(
         if all(name in fixed for name in node.input if name):
             fixed |= set(node.output)
             made |= dict.fromkeys(node.output, tensors) if tensors else {}
-        elif tensors:
+        if tensors:
             yield node, tensors
 
 

@@ -28,6 +28,7 @@ NAMED = [
     ("gpt2", "weight", "scaled 0.2%", 1, "whose weight is not 'transformer.h.1.mlp.c_proj.weight'"),
     ("gpt2", "weight", "head lost", 0, "whose weight is not 'transformer.h.0.attn.c_proj.weight'"),
     ("gpt2", "graph", "float16 in between", 1, "Cast"),
+    ("gemma2", "weight", "stale norm", 1, "layers.1.pre_feedforward_layernorm.weight'"),
     ("gemma2", "constant", "final softcap", 1, "= 18, in a fresh graph 30"),
     ("gemma2", "constant", "embedding scale", 0, "embed_scale"),
     ("gemma2", "constant", "window one shorter", 0, "= 7, in a fresh graph 8"),
