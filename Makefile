@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
-.PHONY: setup demo test campaign lint format fixtures noise clean
+.PHONY: setup demo test campaign fault-campaign lint format fixtures noise clean
 
 setup: $(SETUP)
 
@@ -30,6 +30,10 @@ test: $(SETUP)
 # The long runs: every write-side system call met by a kill, thousands of damaged headers.
 campaign: $(SETUP)
 	$(BIN)/python -m pytest -m campaign
+
+# Every seeded fault in every model: what is caught, and how near the localisation comes.
+fault-campaign: $(SETUP)
+	$(BIN)/python tools/seed_faults.py --output build/faults
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # a command imports what it uses and no more
     from surgery.export import ExportResult
     from surgery.export.lineage import Lineage
     from surgery.gate import Verdict
+    from surgery.localize import Localization
     from surgery.plan import Plan
     from surgery.policy import Policy
     from surgery.report import Report
@@ -36,6 +37,7 @@ __all__ = [
     "gate",
     "inspect",
     "lineage",
+    "localize",
     "plan",
     "report",
     "revert",
@@ -187,6 +189,28 @@ def diff(
         edited_onnx=_path(edited_onnx),
         stimuli=[Path(file) for file in stimuli],
         policy=_policy(policy),
+        **options,
+    )
+
+
+def localize(
+    model: AnyPath,
+    *,
+    onnx: AnyPath | None = None,
+    edited: AnyPath | None = None,
+    edited_onnx: AnyPath | None = None,
+    stimuli: Sequence[AnyPath] = (),
+    **options: Any,
+) -> dict[str, Localization]:
+    """Where conversions part from PyTorch; `options` are those of `surgery.pipeline.localize`."""
+    from surgery.pipeline import localize as run
+
+    return run(
+        Path(model),
+        onnx=_path(onnx),
+        edited=_path(edited),
+        edited_onnx=_path(edited_onnx),
+        stimuli=[Path(file) for file in stimuli],
         **options,
     )
 

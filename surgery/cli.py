@@ -78,6 +78,18 @@ timeout_option = click.option(
 )
 
 
+def pair_options(command: Any) -> Any:
+    """What a differential run compares: a model and its ONNX file, and the edited ones."""
+    for option in (
+        click.option("--edited-onnx", type=PATH, metavar="FILE", help="The edited model's file."),
+        click.option("--edited", type=PATH, metavar="DIR", help="The edited checkpoint."),
+        click.option("--onnx", type=PATH, metavar="FILE", help="Its ONNX file, any exporter's."),
+        model_option,
+    ):
+        command = option(command)
+    return command
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="weight-surgery", prog_name="surgery")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -324,10 +336,7 @@ def lineage(model: Path, onnx: Path, json: bool) -> None:
 
 
 @cli.command()
-@model_option
-@click.option("--onnx", type=PATH, metavar="FILE", help="Its ONNX file, any exporter's.")
-@click.option("--edited", type=PATH, metavar="DIR", help="The edited checkpoint.")
-@click.option("--edited-onnx", type=PATH, metavar="FILE", help="The edited model's ONNX file.")
+@pair_options
 @stimuli_option
 @policy_option
 @task_option
@@ -449,6 +458,31 @@ def demo(output: Path) -> None:
     with stages() as progress:
         passed = run(output, show=click.echo, progress=progress)
     sys.exit(0 if passed else 1)
+
+
+@cli.command()
+@pair_options
+@stimuli_option
+@task_option
+@seed_option
+@timeout_option
+@json_option
+def localize(timeout: float, json: bool, **options: Any) -> None:
+    """Show which module and operator bring an error in; exit 1 where one does.
+
+    Example: surgery localize --model model/ --onnx model.onnx
+    """
+    from surgery.api import localize as run
+    from surgery.console import localization_text, stages
+    from surgery.differential import Limits
+
+    with stages() as progress:
+        found = run(**options, limits=Limits(timeout), progress=progress)
+    if json:
+        echo_json({edge: own.to_json() for edge, own in found.items()})
+    else:
+        click.echo("\n\n".join(localization_text(edge, own) for edge, own in found.items()))
+    sys.exit(0 if all(own.clean for own in found.values()) else 1)
 
 
 def terminal_text(report: Any, brief: bool = False) -> str:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from surgery.export import ExportResult
     from surgery.export.cache import Entry
     from surgery.export.lineage import Lineage
+    from surgery.localize import Localization
+    from surgery.localize import Row as BoundaryRow
     from surgery.plan import Plan
 
 MAX_ROWS = 200
@@ -102,6 +104,25 @@ def cache_text(found: list[Entry]) -> str:
     header = ("family", "layers", "task", "opset", "dtype", "size", "key")
     total = f"{count(len(found), 'graph')}, {size(sum(entry.size for entry in found))}"
     return "\n".join([*([table(header, rows)] if rows else []), total])
+
+
+def localization_text(edge: str, found: Localization) -> str:
+    """A localisation for people: errors at every boundary, then what brings them in."""
+    rows = [
+        (row.site, f"{row.noise:.2g}", f"{row.error:.3g}", f"{row.introduced:.3g}", _mark(row))
+        for row in found.rows
+    ]
+    header = ("boundary", "noise", "error/noise", "introduced/noise", "")
+    lines = [f"{edge} on {one_line(found.batch)}", table(header, rows), ""]
+    if found.left_out:
+        lines.append(f"of another shape, not compared: {', '.join(found.left_out)}")
+    if not found.faults:
+        lines.append("no module brings an error in" if found.clean else f"not found: {found.note}")
+    return "\n".join([*lines, *(one_line(str(fault)) for fault in found.faults)])
+
+
+def _mark(row: BoundaryRow) -> str:
+    return "<- comes in here" if row.guilty else ""
 
 
 def plan_text(found: Plan) -> str:

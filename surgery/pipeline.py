@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,21 @@ from surgery.arch import identify
 from surgery.checkpoint import Checkpoint, Staging
 from surgery.checkpoint.files import sha256_file
 from surgery.differential import DEFAULT_SEED, Limits, Pair, Workload, make_workload, measure
-from surgery.errors import InputError
-from surgery.evidence import EDGES
+from surgery.errors import InputError, NothingCompared
+from surgery.evidence import EDGES, Evidence
 from surgery.export import CACHED, Task, choose_task, export, export_graph, onnxfile
 from surgery.export.layouts.linked import links
+from surgery.export.lineage import Lineage, trace
 from surgery.gate import judge
-from surgery.localize import stale_tensors
+from surgery.localize import LIMIT, Localization
+from surgery.localize import localize as find
+from surgery.localize.weights import stale_tensors
 from surgery.policy import BUILT_IN, Policy
+from surgery.process import one_line
 from surgery.record import environment
 from surgery.report import Report, render
 from surgery.runtimes.graph import has_cache
+from surgery.stimuli import Batch
 from surgery.stimuli.prompts import load_stimuli
 
 MODEL = "model.onnx"
@@ -57,35 +63,90 @@ def diff(
     cache is judged with it. The report names files inside `root` relative to it. Raises
     `InputError` for anything given that cannot be used; whatever a corner does is in the report.
     """
-    if edited is None and edited_onnx is not None:
+    given = _Given(model, onnx, edited, edited_onnx)
+    with _prepared(given, stimuli, policy, task, seed, progress) as (pairs, asked, scratch):
+        bounds = limits or Limits()
+        return _report(pairs, asked, stimuli, policy, bounds, progress, root or scratch)
+
+
+def localize(
+    model: Path,
+    *,
+    onnx: Path | None = None,
+    edited: Path | None = None,
+    edited_onnx: Path | None = None,
+    stimuli: Sequence[Path] = (),
+    policy: Policy = BUILT_IN,
+    task: str | None = None,
+    seed: int = DEFAULT_SEED,
+    limits: Limits | None = None,
+    progress: Progress = silent,
+) -> dict[str, Localization]:
+    """Where each conversion parts from PyTorch, on the input that shows it most; by edge.
+
+    Takes what `diff` takes. Raises `InputError` for anything given that cannot be used, and
+    `NothingCompared` where a corner gave nothing to compare.
+    """
+    given = _Given(model, onnx, edited, edited_onnx)
+    with _prepared(given, stimuli, policy, task, seed, progress) as (pairs, asked, _):
+        bounds = limits or Limits()
+        evidence = measure(pairs, asked.task, asked.workload, bounds, progress)
+        lineages = _lineages(pairs, progress)
+        found = _localized(pairs, lineages, asked, evidence, bounds, progress)
+    missing = [edge for edge in pairs if edge not in found]
+    if missing:
+        reasons = "; ".join(fault.message for fault in evidence.faults) or "no output was kept"
+        raise NothingCompared(f"{pairs[missing[0]].onnx}: nothing to localise: {reasons}")
+    return found
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the user named: an ONNX file that is None is exported."""
+
+    model: Path
+    onnx: Path | None
+    edited: Path | None
+    edited_onnx: Path | None
+
+
+@contextmanager
+def _prepared(
+    given: _Given,
+    stimuli: Sequence[Path],
+    policy: Policy,
+    task: str | None,
+    seed: int,
+    progress: Progress,
+) -> Iterator[tuple[dict[str, Pair], _Asked, Path]]:
+    """The pairs by edge, what they are asked, and a folder for the time being."""
+    if given.edited is None and given.edited_onnx is not None:
         raise InputError("an edited ONNX file needs the edited checkpoint: give --edited too")
-    models = {"C_o": model} | ({"C_e": edited} if edited else {})
-    given = {"C_o": onnx, "C_e": edited_onnx}
-    _check_same_shape(model, edited)
-    asked = _ask(model, stimuli, policy, task, seed)
-    with tempfile.TemporaryDirectory(prefix="surgery-onnx-") as scratch:
-        for path in filter(None, given.values()):
-            progress(f"check of {path}")
-            onnxfile.check(path)
-            if has_cache(onnxfile.read(path)) and asked.task.causal and not asked.task.cache:
-                if task is not None:
-                    raise InputError(
-                        f"{path}: has a key-value cache, which task {task} would leave unseen; "
-                        f"give --task {CACHED} or none"
-                    )
-                asked = _ask(model, stimuli, policy, CACHED, seed)
+    models = {"C_o": given.model} | ({"C_e": given.edited} if given.edited else {})
+    files = {"C_o": given.onnx, "C_e": given.edited_onnx}
+    _check_same_shape(given.model, given.edited)
+    asked = _ask(given.model, stimuli, policy, task, seed)
+    for path in filter(None, files.values()):
+        progress(f"check of {path}")
+        onnxfile.check(path)
+        if has_cache(onnxfile.read(path)) and asked.task.causal and not asked.task.cache:
+            if task is not None:
+                raise InputError(
+                    f"{path}: has a key-value cache, which task {task} would leave unseen; "
+                    f"give --task {CACHED} or none"
+                )
+            asked = _ask(given.model, stimuli, policy, CACHED, seed)
+    with tempfile.TemporaryDirectory(prefix="surgery-onnx-") as folder:
+        scratch = Path(folder)
         pairs = {}
-        for edge, folder in models.items():
-            file = given[edge]
+        for edge, model in models.items():
+            file = files[edge]
             if file is None:
-                progress(f"export of {folder}")
+                progress(f"export of {model}")
             pairs[edge] = (
-                Pair(folder, file)
-                if file
-                else _convert(folder, Path(scratch) / ONNX[edge], asked.task)
+                Pair(model, file) if file else _convert(model, scratch / ONNX[edge], asked.task)
             )
-        home = root or Path(scratch)
-        return _report(pairs, asked, stimuli, policy, limits or Limits(), progress, home)
+        yield pairs, asked, scratch
 
 
 def validate(
@@ -175,17 +236,71 @@ def _report(
     root: Path | None = None,
 ) -> Report:
     evidence = measure(pairs, asked.task, asked.workload, limits, progress)
-    progress("lineage")
-    faults = (*stale_tensors(pairs), *evidence.faults)
-    evidence = replace(evidence, faults=faults)
+    lineages = _lineages(pairs, progress)
+    evidence = replace(evidence, faults=(*stale_tensors(lineages), *evidence.faults))
+    verdict = judge(evidence, policy)
+    if any(finding.stage == "conversion" for finding in verdict.findings):
+        found = _localized(pairs, lineages, asked, evidence, limits, progress)
+        extra = [f for edge, own in found.items() for f in own.findings(EDGES[edge][1])]
+        evidence = replace(evidence, faults=(*extra, *evidence.faults))
+        verdict = judge(evidence, policy)
     inputs = {
         **{EDGES[edge][0]: _weights(pair.model, root) for edge, pair in pairs.items()},
         **{EDGES[edge][1]: _onnx(pair, root) for edge, pair in pairs.items()},
         **{f"stimuli {number}": _file(path, root) for number, path in enumerate(stimuli)},
         "workload": {"task": asked.task.name, **asked.workload.describe()},
     }
-    verdict = judge(evidence, policy)
     return Report.build(evidence, verdict, policy, _environment(), inputs)
+
+
+def _lineages(pairs: Mapping[str, Pair], progress: Progress) -> dict[str, Lineage]:
+    progress("lineage")
+    return {
+        edge: trace(pair.onnx, pair.model, initializers=pair.initializers)
+        for edge, pair in pairs.items()
+    }
+
+
+def _localized(
+    pairs: Mapping[str, Pair],
+    lineages: Mapping[str, Lineage],
+    asked: _Asked,
+    evidence: Evidence,
+    limits: Limits,
+    progress: Progress,
+) -> dict[str, Localization]:
+    """Each edge of which anything was compared, on the batch that is furthest off."""
+    found = {}
+    for edge, pair in pairs.items():
+        rows = [row for row in evidence.conversion if row.edge == edge]
+        if rows:
+            worst = max(rows, key=lambda row: row.ratio_l2).worst.rpartition(" @ ")[0]
+            batch = next(b for b in asked.workload.batches if worst in b.rows)
+
+            def report(stage: str, edge: str = edge) -> None:
+                progress(f"localising {EDGES[edge][1]}: {stage}")
+
+            try:
+                own = find(pair, asked.task, batch, lineages[edge], limits, report)
+            except Exception as error:  # whatever a search meets, what was measured stays
+                name, text = type(error).__name__, one_line(str(error))
+                own = Localization((), (), batch.name, note=f"{name}: {text}")
+            wrong = any(max(row.ratio_l2, row.ratio_max) > LIMIT for row in rows)
+            found[edge] = replace(own, note=_unseen(batch)) if own.clean and wrong else own
+    return found
+
+
+def _unseen(batch: Batch) -> str:
+    """Why every boundary may be right though the output was not."""
+    if batch.split:
+        return (
+            "every boundary is right where all positions run at once; the output was wrong over "
+            "a key-value cache, so look at what goes in and out of the caches"
+        )
+    return (
+        "every boundary is right where its value is also an output of the graph, which keeps "
+        "ONNX Runtime from fusing across it; so look at its fusions"
+    )
 
 
 def _weights(folder: Path, root: Path | None) -> dict[str, Any]:

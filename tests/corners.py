@@ -75,7 +75,10 @@ class Here:
     def __call__(
         self, module: str, arguments: dict[str, Any], folder: Path, limits: Limits
     ) -> Ending:
-        if arguments.get("model", {}).get("runtime") != "torch":
+        if arguments.get("action") == "torch":
+            return self._boundaries(module, arguments, folder, limits)
+        model = arguments.get("model", {})
+        if isinstance(model, str) or model.get("runtime") != "torch":
             return run_here(module, arguments, folder, limits)
         key = _key(arguments, folder)
         if key not in self._endings:
@@ -83,6 +86,24 @@ class Here:
             shutil.copytree(folder, self.cache / key)
         shutil.copytree(self.cache / key, folder, dirs_exist_ok=True)
         return self._endings[key]
+
+    def _boundaries(
+        self, module: str, arguments: dict[str, Any], folder: Path, limits: Limits
+    ) -> Ending:
+        """PyTorch's values at boundaries, which are the same whatever graph they are for."""
+        own = {name: arguments[name] for name in ("model", "dtype", "task")}
+        own["sites"] = [{**b, "value": ""} for b in arguments["boundaries"]]
+        hasher = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
+        hasher.update(Path(arguments["batch"]).read_bytes())
+        kept = self.cache / f"{hasher.hexdigest()}.npz"
+        if not kept.exists():
+            ending = run_here(module, arguments, folder, limits)
+            if ending.status != "ok":
+                return ending
+            self.cache.mkdir(parents=True, exist_ok=True)
+            shutil.copy(arguments["save"], kept)
+        shutil.copy(kept, arguments["save"])
+        return Ending("ok", "", 0.0, 1)
 
     @contextmanager
     def installed(self) -> Iterator[Here]:

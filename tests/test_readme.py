@@ -23,7 +23,7 @@ COMMANDS = [
 
 def test_the_make_targets_of_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = re.findall(r"`?make (\w+)", README)
+    targets = re.findall(r"`?make ([\w-]+)", README)
     assert targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -59,14 +59,24 @@ class OnnxRuntime(Runtime):
 
     def _open(self, source: Path | bytes) -> onnxruntime.InferenceSession:
         """A session of a file, or of a model's bytes whose external data stays where it is."""
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
         folder = self.model.initializers
-        if folder is not None and isinstance(source, Path):
-            source = source.read_bytes()
-        if isinstance(source, bytes):
-            home = folder or self.model.path.parent
-            options.add_session_config_entry(_FOLDER_KEY, str(home))
-        target = source if isinstance(source, bytes) else str(source)
-        return onnxruntime.InferenceSession(target, options, providers=["CPUExecutionProvider"])
+        if isinstance(source, Path) and folder is None:
+            return open_session(str(source), None, self.threads)
+        data = source.read_bytes() if isinstance(source, Path) else source
+        return open_session(data, folder or self.model.path.parent, self.threads)
+
+
+def open_session(
+    model: str | bytes, initializers: Path | None, threads: int, optimised: bool = True
+) -> onnxruntime.InferenceSession:
+    """A session on the CPU of a file, or of a model's bytes whose external data lies in the folder
+    `initializers`; with everything optimised as by default, or nothing."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    if not optimised:
+        level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.graph_optimization_level = level
+    if initializers is not None:
+        options.add_session_config_entry(_FOLDER_KEY, str(initializers))
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

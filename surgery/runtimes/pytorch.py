@@ -19,7 +19,8 @@ class TorchRuntime(Runtime):
 
     With dtype `float64` every operation is float64, also those a model casts to float32 by name
     (RMS norms, rotary angles). Constants that the model itself makes in float32, such as rotary
-    frequencies, keep their float32 values: they are what every runtime is given.
+    frequencies, keep their float32 values: they are what every runtime is given. `live` is the
+    transformers model.
     """
 
     def __init__(self, model: ModelRef, threads: int) -> None:
@@ -27,35 +28,35 @@ class TorchRuntime(Runtime):
         self._task = find_task(model.task)
         if model.dtype not in ("float32", "float64"):
             raise ValueError(f"torch computes in float32 or float64, not {model.dtype}")
-        self._torch_model = load_model(model.path, self._task, model.dtype)
+        self.live = load_model(model.path, self._task, model.dtype)
         with quiet():
             import torch
 
         torch.set_num_threads(threads)
         self._torch = torch
         if model.dtype == "float64":
-            self._torch_model.double()
+            self.live.double()
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        return forward_inputs(self._torch_model, self._task)
+        return forward_inputs(self.live, self._task)
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        layers = self._torch_model.config.num_hidden_layers if self._task.cache else 0
+        layers = self.live.config.num_hidden_layers if self._task.cache else 0
         cache = [f"present.{n}.{part}" for n in range(layers) for part in ("key", "value")]
         return (self._task.output, *self._pooled, *cache)
 
     @property
     def _pooled(self) -> tuple[str, ...]:
-        pooler = getattr(self._torch_model, "pooler", None)
+        pooler = getattr(self.live, "pooler", None)
         return (self._task.pooled,) if self._task.pooled and pooler is not None else ()
 
     def infer_impl(self, inputs: IdArrays, split: int) -> Arrays:
         feed = {name: self._torch.from_numpy(inputs[name]) for name in self.input_names}
         options = {"use_cache": self._task.cache} if self._task.causal else {}
         with quiet(), self._torch.no_grad(), self._precision():
-            result = self._torch_model(**feed, **options)
+            result = self.live(**feed, **options)
         outputs = {name: result[name].numpy() for name in (self._task.output, *self._pooled)}
         if self._task.cache:
             for number, layer in enumerate(result.past_key_values.layers):
@@ -64,7 +65,7 @@ class TorchRuntime(Runtime):
         return outputs
 
     def embedding(self, ids: NDArray[np.int64]) -> NDArray[Any]:
-        weight = self._torch_model.get_input_embeddings().weight
+        weight = self.live.get_input_embeddings().weight
         rows: NDArray[Any] = weight.detach()[self._torch.from_numpy(ids)].numpy()
         return rows
 

@@ -26,6 +26,34 @@ class GatherElements(OpRun):  # type: ignore[misc]
         return (np.take_along_axis(data[reach], indices, axis=own),)
 
 
+class FusedMatMul(OpRun):  # type: ignore[misc]
+    """`com.microsoft::FusedMatMul` without batch transposition: alpha · A′B′, each transposed or
+    not along its last two axes (onnxruntime, docs/ContribOperators.md)."""
+
+    op_domain = "com.microsoft"
+
+    def _run(
+        self,
+        a: Any,
+        b: Any,
+        alpha: float = 1.0,
+        transA: int = 0,  # noqa: N803 - the operator's attribute
+        transB: int = 0,  # noqa: N803 - the operator's attribute
+        transBatchA: int = 0,  # noqa: N803 - the operator's attribute
+        transBatchB: int = 0,  # noqa: N803 - the operator's attribute
+    ) -> tuple[NDArray[Any]]:
+        if transBatchA or transBatchB:
+            raise NotImplementedError("FusedMatMul with transposed batches")
+        left = np.swapaxes(a, -1, -2) if transA else a
+        right = np.swapaxes(b, -1, -2) if transB else b
+        return (np.asarray(np.matmul(left, right) * np.asarray(alpha, a.dtype)),)
+
+
+def evaluator(model: Any) -> ReferenceEvaluator:
+    """The package's evaluator of a ModelProto, with the operators it lacks."""
+    return ReferenceEvaluator(model, new_ops=[GatherElements, FusedMatMul])
+
+
 class ReferenceRuntime(Runtime):
     """An .onnx file in `onnx.reference.ReferenceEvaluator`; loads all its weights."""
 
@@ -36,7 +64,7 @@ class ReferenceRuntime(Runtime):
         self._signature = graph.signature(self._proto, output, str(model.path))
         home = model.initializers or model.path.parent
         load_external_data_for_model(self._proto, str(home))
-        self._evaluator = ReferenceEvaluator(self._proto, new_ops=[GatherElements])
+        self._evaluator = evaluator(self._proto)
 
     @property
     def input_names(self) -> tuple[str, ...]:

@@ -1,0 +1,103 @@
+"""What a localisation found: every boundary, and what brings errors in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from surgery.errors import quote
+from surgery.evidence import Finding
+from surgery.localize.operators import Operator
+
+LIMIT = 8.0
+"""Errors are told in units of noise; the built-in policy allows a conversion this many."""
+
+_MEANING = {
+    "translate": "the graph says something else than the model",
+    "optimise": "ONNX Runtime gets it right with optimisations off",
+    "kernel": "ONNX Runtime computes an operator otherwise than ONNX defines it",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One boundary: how far ONNX Runtime's value is from PyTorch's, in units of the noise there.
+
+    `error`: in the run as it is; `introduced`: with PyTorch's values at all boundaries before it.
+    `noise` is PyTorch float32 against float64, the largest difference; what is no number is off
+    by infinity.
+    """
+
+    site: str
+    value: str
+    noise: float
+    error: float
+    introduced: float
+
+    @property
+    def guilty(self) -> bool:
+        return self.introduced > LIMIT
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A module that brings an error in.
+
+    `also`: the other boundaries where the same cause does, in other layers mostly; `confirmed`:
+    with PyTorch's values at all of these, nothing else is wrong; `stage` is `translate`,
+    `optimise` or `kernel`: what of the conversion is at fault; `operator` where it was found;
+    `within`: modules that have no boundary of their own, experts, and lie before this one.
+    """
+
+    site: str
+    introduced: float
+    confirmed: bool
+    stage: str
+    operator: Operator | None
+    also: tuple[str, ...] = ()
+    within: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        where = f"{self.site} and {', '.join(self.also)}" if self.also else self.site
+        inside = f" (within {', '.join(self.within)})" if self.within else ""
+        node = f" at {self.operator}" if self.operator else ""
+        sure = "is confirmed" if self.confirmed else "is not confirmed"
+        return (
+            f"the error comes in at {where}{inside}{node}, {self.introduced:.3g} times the noise "
+            f"({_MEANING[self.stage]}); it {sure} by putting PyTorch's value there"
+        )
+
+
+@dataclass(frozen=True)
+class Localization:
+    """Every boundary in the order the graph computes them, and what brings errors in.
+
+    `left_out`: boundaries that could not be compared, for their shape; `note`: why nothing more
+    can be said, where that is so.
+    """
+
+    rows: tuple[Row, ...]
+    faults: tuple[Fault, ...]
+    batch: str
+    left_out: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def clean(self) -> bool:
+        """Whether something was compared and no boundary is off by more than the limit."""
+        right = all(row.error <= LIMIT for row in self.rows)
+        return bool(self.rows) and right and not self.faults and not self.note
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def findings(self, corner: str) -> Iterator[Finding]:
+        """The faults as findings about `corner`, R_o or R_e; where there is none, why."""
+        for fault in self.faults:
+            site = f"{corner}/{fault.site}"
+            message = f"{corner}: {fault}, on {quote(self.batch)}"
+            yield Finding(fault.stage, "introduced error", site, message, fault.introduced, LIMIT)
+        if self.note and not self.faults:
+            message = f"{corner}: where the error comes in was not found: {self.note}"
+            yield Finding("localize", "not found", corner, message)

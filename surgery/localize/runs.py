@@ -1,0 +1,93 @@
+"""The runs of a localisation, each in a child process: PyTorch twice, ONNX Runtime as asked."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surgery import process
+from surgery.differential import Pair
+from surgery.errors import EnvironmentFault
+from surgery.export.tasks import Task
+from surgery.localize.boundaries import Boundary
+from surgery.runtimes.child import default_threads
+from surgery.stimuli import Batch
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass
+class Runs:
+    """One batch through the models of one pair; `scratch` is an empty folder the caller owns."""
+
+    pair: Pair
+    task: Task
+    batch: Batch
+    scratch: Path
+    limits: process.Limits
+    _count: int = 0
+
+    def torch(self, boundaries: Sequence[Boundary], dtype: str) -> Arrays:
+        """What crosses each boundary in PyTorch, by site, and the task's output."""
+        return self._run(
+            action="torch",
+            model=str(self.pair.model.absolute()),
+            dtype=dtype,
+            boundaries=[asdict(boundary) for boundary in boundaries],
+        )
+
+    def onnx(
+        self,
+        values: Collection[str],
+        given: Mapping[str, NDArray[Any]] | None = None,
+        *,
+        graph: Path | None = None,
+        optimised: bool = True,
+    ) -> Arrays:
+        """`values` of the ONNX graph, and its outputs, with those of `given` in place of what it
+        computes; of another `graph` of the same checkpoint, whose data is the checkpoint's."""
+        own = self.pair.onnx if graph is None else graph
+        folder = self.pair.data if graph is None else self.pair.model
+        return self._run(
+            action="onnx",
+            model=str(own.absolute()),
+            initializers=str(folder.absolute()),
+            values=list(values),
+            given=self._save("given", dict(given or {})),
+            optimised=optimised,
+        )
+
+    def reference(self, value: str, given: Mapping[str, NDArray[Any]]) -> Arrays:
+        """`value` of the ONNX graph from those of `given`, by the onnx package's evaluator;
+        nothing where that knows an operator not."""
+        return self._run(
+            action="reference",
+            model=str(self.pair.onnx.absolute()),
+            initializers=str(self.pair.data.absolute()),
+            value=value,
+            given=self._save("given", dict(given)),
+        )
+
+    def _run(self, **job: Any) -> Arrays:
+        self._count += 1
+        save = self.scratch / f"values-{self._count}.npz"
+        job |= {
+            "task": self.task.name,
+            "threads": default_threads(),
+            "batch": self._save("batch", dict(self.batch.inputs())),
+            "save": str(save),
+        }
+        ending = process.run("surgery.localize.worker", job, self.scratch, self.limits)
+        ending.value(f"{self.pair.onnx}: a run of the localisation", EnvironmentFault)
+        with np.load(save, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+
+    def _save(self, name: str, arrays: Arrays) -> str:
+        path = self.scratch / f"{name}-{self._count}.npz"
+        np.savez(path, allow_pickle=False, **arrays)
+        return str(path)
