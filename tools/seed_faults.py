@@ -35,7 +35,10 @@ def main() -> int:
         print(line, file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        outcomes = list(campaign(Path(folder), families, tell, wanted=wanted))
+        outcomes = []
+        for outcome in campaign(Path(folder), families, tell, wanted=wanted):
+            outcomes.append(outcome)
+            save(outcomes, options.output)  # what is known, should somebody lose patience
     print(save(outcomes, options.output))
     missed = [o for o in outcomes if o.effect > CATCH and not o.caught]
     return int(bool(missed) or any(o.caught for o in outcomes if o.kind == "clean"))

@@ -59,25 +59,22 @@ def torch_export(model: Path, path: Path, causal: bool) -> Path:
             super().__init__()
             self.model = loaded
 
-        def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any) -> Any:
-            more = {"use_cache": False} if causal else {}
-            return self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                **more,
-            )[0]
+        def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any = None) -> Any:
+            # Encoders number positions themselves, padding included.
+            more = {"use_cache": False, "position_ids": position_ids} if causal else {}
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, **more)[0]
 
     ids = torch.arange(14).reshape(2, 7) + 3
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    names = ["input_ids", "attention_mask", "position_ids"]
-    positions = torch.arange(7).expand(2, 7).clone()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if causal:
+        inputs["position_ids"] = torch.arange(7).expand(2, 7).clone()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            Wrapper(), (ids, torch.ones_like(ids), positions), path, dynamo=True, optimize=True,
-            external_data=False, input_names=names, verbose=False,
+            Wrapper(), tuple(inputs.values()), path, dynamo=True, optimize=True,
+            external_data=False, input_names=list(inputs), verbose=False,
             output_names=["logits" if causal else "last_hidden_state"],
-            dynamic_shapes=dict.fromkeys(names, free),
+            dynamic_shapes=dict.fromkeys(inputs, free),
         )  # fmt: skip
     return path
