@@ -6,10 +6,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.models import Zoo
 
 # Helpers of the tests (`evidences`, `models`) are plain modules beside this file.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -47,6 +51,14 @@ def graph_cache(
     folder = (root.parent if hasattr(request.config, "workerinput") else root) / "surgery-cache"
     with patch.dict(os.environ, {"SURGERY_CACHE": str(folder)}):
         yield folder
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """Random models and their exports, each made once, when a test first asks for it."""
+    from tests.models import shared_zoo
+
+    return shared_zoo(tmp_path_factory.mktemp("zoo"))
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ from surgery.export import OPSETS, export, write
 from surgery.export.datafile import DataFile
 from surgery.export.expressions import from_json
 from surgery.export.external import read_tensor
-from surgery.export.lineage import compare_initializers
+from surgery.export.lineage import trace
 from surgery.process import Limits
 from tests.batches import BATCHES
 from tests.models import make
@@ -69,12 +69,11 @@ def test_every_number_is_what_the_lineage_makes_of_the_checkpoint(
     checkpoint = Checkpoint.open(base_of("llama-biased", "bfloat16"))
     proto = onnx.load(exported / "model.onnx", load_external_data=False)
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
-    assert set(said["initializers"]) <= set(tensors)
-    for name, fields in said["initializers"].items():
-        expected = from_json(fields).read(checkpoint)
-        np.testing.assert_array_equal(read_tensor(tensors[name], exported), expected)
-    used = {t for f in said["initializers"].values() for t in from_json(f).tensors()}
-    assert used | set(said["unused"]) == set(checkpoint.tensors)
+    assert {row["name"] for row in said["initializers"]} <= set(tensors)
+    for row in said["initializers"]:
+        expected = from_json(row["expression"]).read(checkpoint)
+        np.testing.assert_array_equal(read_tensor(tensors[row["name"]], exported), expected)
+    assert set(said["tensors"]) == set(checkpoint.tensors)
 
 
 def test_the_graph_holds_standard_operators_and_no_weights(exported: Path) -> None:
@@ -282,7 +281,9 @@ def test_int8_weights_are_said_to_be_so_and_stay_near(
     result = export(model, tmp_path / "out", quantize="int8")
     receipt = open_receipt(result.output / EXPORT_RECEIPT, EXPORT_PREDICATE)
     assert receipt["predicate"]["quantized"] == "int8"
-    assert json.loads((result.output / "lineage.json").read_text())["quantized"] == "int8"
+    said = json.loads((result.output / "lineage.json").read_text())["initializers"]
+    eight = {row["name"] for row in said if "quantised" in row["transform"]}
+    assert len({name for name in eight if name.endswith("_quantized")}) == 2 * 7 + 2
     assert subjects(receipt, result.output) == {n: sha256_file(result.output / n) for n in FILES}
     modes = {path.stat().st_mode for path in result.output.iterdir()}
     assert len(modes) == 1
@@ -324,7 +325,8 @@ def test_a_quantisation_that_fails_leaves_nothing(
 
 
 def test_every_initializer_is_found_again_in_the_checkpoint(base_of: Base, exported: Path) -> None:
-    rows = compare_initializers(exported / "model.onnx", base_of("llama-biased", "bfloat16"))
-    large = [row for row in rows if row.status != "unmatched"]
+    found = trace(exported / "model.onnx", base_of("llama-biased", "bfloat16"))
+    assert found.ok
     said = json.loads((exported / "lineage.json").read_text())["initializers"]
-    assert {row.initializer for row in large} >= {n for n, e in said.items() if "bias" not in n}
+    proven = {row.name for row in found.rows if row.status == "proven"}
+    assert proven == {row["name"] for row in said}
