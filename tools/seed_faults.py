@@ -1,6 +1,6 @@
 """Plant faults in exports and see what finds them: `seed_faults.py [--model NAME] [--fault NAME]`.
 
-Every fault of tests/localize/seeds.py that fits is planted in every model of
+Every fault of tests/localize/seeds that fits is planted in every model of
 tests/localize/campaign.py, in its first and its last layer. Prints the totals and a row for each
 fault as Markdown, and writes them with every single outcome to the folder `--output`; exits 1 if a
 fault well above the noise passed or a clean export failed.
