@@ -63,8 +63,9 @@ def assert_told(plan: Plan, output: Path) -> None:
         assert tensor["role"] == found[name].role
         regions = [(region["start"], region["stop"]) for region in tensor["regions"]]
         written += 4 * sum(math.prod(map(sub, stop, start)) for start, stop in regions)
-        if name in told["pruned"]:
-            assert told["pruned"][name] == list(found[name].shape)
+        resized = told["pruned"] | told["grown"]
+        if name in resized:
+            assert resized[name] == list(found[name].shape)
             assert f"{name} becomes {'×'.join(map(str, found[name].shape))} instead" in text
         else:
             assert rows[name] == [tensor["role"], str(len(regions))]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from corners import Case
 from differential import mutants
-from differential.lab import Lab, finding, found
+from differential.lab import Lab, finding, found, measured
 from onnx import ModelProto
 
 from surgery import pipeline
@@ -86,7 +86,7 @@ def test_a_cache_written_wrongly_and_never_read_is_named(
     assert lab.diff(case, onnx=clean).verdict == "pass"
     wrong = plant(case.onnx, *defects, partial(mutants.zero_output, name=PRESENT))
     report = lab.diff(case, onnx=wrong)
-    assert {f.site for f in report.findings} == {f"C_o/{PRESENT}"}
+    assert {f.site for f in measured(report)} == {f"C_o/{PRESENT}"}
 
 
 def test_caches_of_other_names_are_mapped_by_order(lab: Lab, plant: Plant, case: Case) -> None:

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from corners import Case
 from differential import mutants
-from differential.lab import Lab, finding, found
+from differential.lab import Lab, finding, found, measured
 from models import FAMILIES
 
 from surgery.export import default_task
@@ -97,7 +97,7 @@ def test_where_the_effect_is_far_from_linear_it_is_found_if_not_named(
     change = partial(apply_times, case=case, times=times, names=names)
     path = plant(case.edited_onnx, change, partial(hide, names=names))
     report = lab.diff_edited(case, edited_onnx=path)
-    stages = {f.stage for f in report.findings}
+    stages = {f.stage for f in measured(report)}
     assert (report.verdict, stages) == ("fail", {"conversion", "interaction"})
 
 
