@@ -23,7 +23,7 @@ BLOCK = 1 << 17
 """Elements that are compared at a time."""
 BAND_BYTES = 32 << 20
 """Of a tensor that is transposed."""
-_TILE = 256
+_TILE = 512
 _PADDING = 32
 """Elements between the rows of a tile: at a power of two apart they would share few cache lines."""
 
