@@ -14,11 +14,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from surgery.checkpoint.files import open_regular, read_exactly
-from surgery.errors import CheckpointError, OnnxError, quote
+from surgery.errors import OnnxError, quote
 
 KEYS = ("location", "offset", "length", "checksum")
 _WHOLE = re.compile(r"[0-9]{1,19}")
@@ -130,23 +126,3 @@ def _check_file(folder: Path, relative: str, where: str) -> int:
             f"{where}: external data {quote(relative)} is a hard link, which ONNX refuses; copy it"
         )
     return facts.st_size
-
-
-def read_tensor(tensor: Any, folder: Path) -> NDArray[Any]:
-    """The values of a checked TensorProto; external bytes come through positioned reads."""
-    from onnx import helper, numpy_helper
-
-    where = f"tensor {quote(tensor.name)}"
-    if tensor.data_location != tensor.EXTERNAL:
-        return np.asarray(numpy_helper.to_array(tensor))
-    path, offset, _ = location(tensor, where)
-    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    size = math.prod(tensor.dims) * dtype.itemsize
-    if size != tensor_bytes(tensor, where):
-        raise OnnxError(f"{where}: packed element types cannot be read from external data")
-    try:
-        with open_regular(folder / path) as descriptor:
-            raw = read_exactly(descriptor, offset, size, path)
-    except CheckpointError as error:
-        raise OnnxError(f"{where}: {error}") from None
-    return np.frombuffer(raw, dtype).reshape(tuple(tensor.dims))

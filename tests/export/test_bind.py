@@ -19,7 +19,6 @@ from surgery.export.bind import bind, numbers, refuse_infinite_constants, refuse
 from surgery.export.capture import PARAMETERS, PREFIX, placeholder
 from surgery.export.expressions import Cast, Concat, Stack, Tensor, Transpose
 from surgery.export.fold import Expressions
-from surgery.export.names import find_tensor
 from tests.models import make
 
 NORM = "model.norm.weight"
@@ -75,12 +74,6 @@ def test_a_parameter_is_its_tensor_with_or_without_the_base_models_prefix(
     assert bound(model, whole) == {name: Tensor(name)}
     bare = rewritten(whole, tmp_path / "bare", strip)
     assert bound(model, bare) == {name: Tensor("wte.weight")}
-
-
-def test_a_name_that_could_mean_two_tensors_means_none() -> None:
-    assert find_tensor("x.weight", ["a.x.weight", "b.x.weight"]) is None
-    assert find_tensor("x.weight", ["a.x.weight", "x.weight"]) == "x.weight"
-    assert find_tensor("a.x.weight", ["b.x.weight"]) is None
 
 
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])

@@ -343,6 +343,15 @@ def test_a_malformed_claim_is_bad_input(zoo: Zoo, tmp_path: Path, claim: str) ->
         trace(path, zoo.checkpoint("llama"))
 
 
+def test_a_name_that_could_mean_two_tensors_means_none() -> None:
+    def find(name: str, *tensors: str) -> Any:
+        return Names({tensor: Tensor(tensor) for tensor in tensors}).find(name)
+
+    assert find("x.weight", "a.x.weight", "b.x.weight") is None
+    assert find("x.weight", "a.x.weight", "x.weight") == Tensor("x.weight")
+    assert find("c.x.weight", "a.x.weight", "b.x.weight") is None
+
+
 def test_a_claim_about_another_model_tells_nothing(zoo: Zoo, tmp_path: Path) -> None:
     source = zoo.checkpoint("llama")
     path = graph(tmp_path / "m.onnx", {"w": np.full((32, 32), 0.5, np.float32)})

@@ -23,7 +23,7 @@ _ENTRY = re.compile(r"[0-9]{1,6}")
 class Names:
     """What names in a graph mean: tensors, and what a model in memory makes of them.
 
-    As in `names.find_tensor`, a prefix may be lacking on either side, or be another.
+    A prefix may be lacking on either side, or be another; a name that could mean two means none.
     """
 
     def __init__(self, known: Mapping[str, Expression]) -> None:
