@@ -14,8 +14,8 @@ from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import EDITABLE
 from surgery.errors import ExportError, OnnxError, quote
 from surgery.export.capture import PARAMETERS, PREFIX
-from surgery.export.expressions import Cast, Expression, Tensor, cast, substitute
-from surgery.export.fold import Expressions
+from surgery.export.casting import cast
+from surgery.export.expressions import Cast, Expression, Expressions, Tensor, substitute
 from surgery.export.parameters import source, sources
 
 

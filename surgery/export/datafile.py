@@ -22,7 +22,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.parallel import Advance
 from surgery.checkpoint.sink import Sink
 from surgery.export.bind import numbers
-from surgery.export.fold import Expressions
+from surgery.export.expressions import Expressions
 
 ALIGNMENT = 4096
 """Every tensor begins on a page, so that a runtime can map it (onnx, docs/ExternalData.md)."""

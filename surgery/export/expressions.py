@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,12 +21,11 @@ from surgery.addresses import Region
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import numpy_dtype
 from surgery.errors import InputError, quote
+from surgery.export.casting import cast, float_dtype, turned
 
 Shape = tuple[int, ...]
 
 BAND_BYTES = 4 << 20
-_STRIP = 256
-"""Rows that are transposed at a time."""
 
 
 class Expression(ABC):
@@ -69,6 +67,10 @@ class Expression(ABC):
         """The names of the checkpoint tensors in it, each once, in order."""
         names = (name for operand in self.operands() for name in operand.tensors())
         return tuple(dict.fromkeys(names))
+
+
+Expressions = dict[str, Expression]
+"""Initializer name to what it is made of: in parameters, or, once bound, in checkpoint tensors."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class Transpose(Expression):
     def rows(self, checkpoint: Checkpoint, start: int, stop: int) -> NDArray[Any]:
         if len(self.shape(checkpoint)) > 2:
             return np.ascontiguousarray(self.of.rows(checkpoint, start, stop).swapaxes(-1, -2))
-        return _turned(self.of.read(checkpoint)[:, start:stop])
+        return turned(self.of.read(checkpoint)[:, start:stop])
 
     def stream(self, checkpoint: Checkpoint, limit: int = BAND_BYTES) -> Iterator[NDArray[Any]]:
         if len(self.shape(checkpoint)) > 2:
@@ -155,7 +157,7 @@ class Transpose(Expression):
             return
         whole = self.of.read(checkpoint)
         for start, stop in bands(self, checkpoint, limit):
-            yield _turned(whole[:, start:stop])
+            yield turned(whole[:, start:stop])
 
     def operands(self) -> tuple[Expression, ...]:
         return (self.of,)
@@ -400,30 +402,3 @@ def bands(
     height = max(1, limit * shape[0] // size)
     for start in range(0, shape[0], height):
         yield start, min(start + height, shape[0])
-
-
-def _turned(matrix: NDArray[Any]) -> NDArray[Any]:
-    """`matrix.T` in C order. A strip at a time stays in the caches, which the whole does not."""
-    turned = np.empty(matrix.shape[::-1], matrix.dtype)
-    for start in range(0, len(matrix), _STRIP):
-        strip = slice(start, start + _STRIP)
-        turned[:, strip] = matrix[strip].T
-    return turned
-
-
-def float_dtype(name: str) -> np.dtype[Any]:
-    """The dtype of a float type by numpy's name of it; raises `InputError` for another type."""
-    if name == "bfloat16":
-        dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-        return dtype
-    if name in ("float16", "float32", "float64"):
-        return np.dtype(name)
-    raise InputError(f"{quote(name)} is not a float type that weights are cast to")
-
-
-def cast(source: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """`source` in `dtype`, rounded once to nearest-even; overflow gives infinities, in silence."""
-    if source.dtype == ml_dtypes.bfloat16 and dtype == np.float16:
-        source = source.astype(np.float32)  # exact; ml_dtypes' own cast is not numpy's
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.ascontiguousarray(source.astype(dtype, copy=False))

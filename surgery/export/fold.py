@@ -13,10 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.export.capture import PARAMETERS, placeholder
-from surgery.export.expressions import Expression, Tensor, item, transpose
-
-Expressions = dict[str, Expression]
-"""Initializer name to what it is made of: in parameters, or, once bound, in checkpoint tensors."""
+from surgery.export.expressions import Expression, Expressions, Tensor, item, transpose
 
 
 def fold(model: Any) -> Expressions:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from surgery.export.capture import placeholder
-from surgery.export.fold import Expressions, drop_unused
+from surgery.export.expressions import Expressions
+from surgery.export.fold import drop_unused
 from surgery.export.quiet import quiet
 
 FOLD_LIMIT = 1024

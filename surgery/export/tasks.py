@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.arch import identify
 from surgery.checkpoint import Checkpoint
 from surgery.errors import InputError, quote
 from surgery.registry import suggest
@@ -78,6 +77,8 @@ def default_task(model_dir: Path) -> Task:
 def choose_task(model_dir: Path, name: str | None) -> Task:
     """The task of that name, or the family's default; `InputError` where the family has no such
     task. Reads headers alone."""
+    from surgery.arch import identify  # a child that checks a file is begun without
+
     wanted = find_task(name) if name else None
     arch = identify(Checkpoint.open(model_dir))
     spoken, known = _OF_KIND[arch.facts.kind]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from surgery.export.expressions import Transpose
-from surgery.export.fold import Expressions, drop_unused
+from surgery.export.expressions import Expressions, Transpose
+from surgery.export.fold import drop_unused
 
 
 def share_tied(model: Any, expressions: Expressions) -> None:

@@ -31,8 +31,7 @@ from surgery.export.bind import unused
 from surgery.export.cache import versions
 from surgery.export.capture import PARAMETERS, PREFIX, serialized
 from surgery.export.datafile import plan_data
-from surgery.export.expressions import Tensor
-from surgery.export.fold import Expressions
+from surgery.export.expressions import Expressions, Tensor
 from surgery.export.layouts.interface import LINEAGE, MODEL, Request, Stages
 from surgery.export.lineage import render, trace
 from surgery.export.lineage.unused import NOT_HELD, reason

@@ -17,8 +17,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import ExportError, OnnxError
 from surgery.export.bind import bind, numbers, refuse_infinite_constants, refuse_overflow, unused
 from surgery.export.capture import PARAMETERS, PREFIX, placeholder
-from surgery.export.expressions import Cast, Concat, Stack, Tensor, Transpose
-from surgery.export.fold import Expressions
+from surgery.export.expressions import Cast, Concat, Expressions, Stack, Tensor, Transpose
 from tests.models import make
 
 NORM = "model.norm.weight"

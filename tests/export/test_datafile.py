@@ -17,8 +17,7 @@ from surgery.checkpoint.header import encode_header
 from surgery.errors import OnnxError
 from surgery.export.capture import placeholder
 from surgery.export.datafile import ALIGNMENT, INLINE, DataFile, plan_data
-from surgery.export.expressions import Cast, Tensor, Transpose
-from surgery.export.fold import Expressions
+from surgery.export.expressions import Cast, Expressions, Tensor, Transpose
 
 Base = Callable[..., Path]
 UP, DOWN = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "down"))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.header import encode_header
 from surgery.errors import InputError
+from surgery.export.casting import cast
 from surgery.export.expressions import (
     Cast,
     Concat,
@@ -26,7 +27,6 @@ from surgery.export.expressions import (
     Tensor,
     Transpose,
     bands,
-    cast,
     from_json,
     item,
     kinds,

@@ -24,7 +24,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks, bands and tiles of which a small matrix has many, the last of each cut short."""
     monkeypatch.setattr(blocks, "BLOCK", 7)
     monkeypatch.setattr(blocks, "BAND_BYTES", 160)
-    monkeypatch.setattr(blocks, "_TILE", 3)
+    monkeypatch.setattr(blocks, "_WIDTH", 3)
+    monkeypatch.setattr(blocks, "_HEIGHT", 2)
 
 
 def on_disk(path: Path, values: NDArray[Any], offset: int) -> Stored:

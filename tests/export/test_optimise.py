@@ -19,8 +19,8 @@ import pytest
 from surgery.checkpoint import Checkpoint
 from surgery.export.bind import bind
 from surgery.export.capture import PARAMETERS, UNBOUND
-from surgery.export.expressions import Tensor
-from surgery.export.fold import Expressions, fold
+from surgery.export.expressions import Expressions, Tensor
+from surgery.export.fold import fold
 from surgery.export.graphs import Wanted, captured
 from surgery.export.optimise import optimise
 from surgery.export.tied import share_tied

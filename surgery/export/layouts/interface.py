@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from surgery import process
 from surgery.checkpoint import LINEAGE, Checkpoint
 from surgery.checkpoint.parallel import Progress
-from surgery.export.fold import Expressions
+from surgery.export.expressions import Expressions
 
 __all__ = ["LINEAGE", "MODEL", "Layout", "Request", "Stages", "Written"]
 

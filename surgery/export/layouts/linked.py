@@ -17,8 +17,16 @@ from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.parallel import Progress
 from surgery.errors import OutputError
 from surgery.export.bind import bind, refuse_overflow
-from surgery.export.expressions import Cast, Concat, Expression, Stack, Tensor, Transpose
-from surgery.export.fold import Expressions, fold
+from surgery.export.expressions import (
+    Cast,
+    Concat,
+    Expression,
+    Expressions,
+    Stack,
+    Tensor,
+    Transpose,
+)
+from surgery.export.fold import fold
 from surgery.export.layouts.interface import Layout, Request, Stages, Written
 from surgery.export.write import place_beside
 

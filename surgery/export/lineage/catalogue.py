@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from surgery.export.expressions import Cast, Expression, Shape, Stack, Transpose, cast
-from surgery.export.lineage.sampling import Places, Sampler, places, sample_stored, swapped, turn
+from surgery.export.casting import cast
+from surgery.export.expressions import Cast, Expression, Shape, Stack, Transpose
+from surgery.export.lineage.sampling import Places, Sampler, places, swapped, turn
 from surgery.export.lineage.stored import Stored
 
 _VOTES = 0.25
@@ -76,9 +77,13 @@ class Catalogue:
         wanted, found = self._both(stored, expression)
         return float(_likeness(wanted[None], found, tolerance)[0])
 
+    def is_constant(self, stored: Stored) -> bool:
+        """Whether every sampled element of an array is the same number."""
+        return stored.size == 0 or _is_constant(self.sampler.elements(stored, places(stored.shape)))
+
     def _both(self, stored: Stored, expression: Expression) -> tuple[NDArray[Any], NDArray[Any]]:
         at = places(stored.shape)
-        return self.sampler.sample(expression, at), sample_stored(stored, at)
+        return self.sampler.sample(expression, at), self.sampler.elements(stored, at)
 
     def _samples(self, stored: Stored) -> Iterator[tuple[_Group, NDArray[Any], bool]]:
         """For each orientation: its group, the initializer's sample for it, and which it is."""
@@ -88,7 +93,8 @@ class Catalogue:
                 at = places(turned)
                 here = swapped(at) if is_turned else at
                 group = self._group(turned, stored.dtype)
-                yield group, sample_stored(stored, _outer(here, stored.shape)), is_turned
+                values = self.sampler.elements(stored, _outer(here, stored.shape))
+                yield group, values, is_turned
 
     def _group(self, shape: Shape, dtype: np.dtype[Any]) -> _Group:
         key = (shape, dtype.name)
@@ -124,11 +130,6 @@ def _outer(at: Places, shape: Shape) -> Places:
 
 def _orientations(shape: Shape) -> list[tuple[Shape, bool]]:
     return [(shape, False), (turn(shape), True)] if len(shape) > 1 else [(shape, False)]
-
-
-def is_constant(stored: Stored) -> bool:
-    """Whether every sampled element is the same number."""
-    return stored.size == 0 or _is_constant(sample_stored(stored, places(stored.shape)))
 
 
 def _is_constant(values: NDArray[Any]) -> bool:

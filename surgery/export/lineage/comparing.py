@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import bits
-from surgery.export.expressions import Cast, Expression, Fold, Tensor, Transpose, cast, float_dtype
+from surgery.export.casting import cast, float_dtype
+from surgery.export.expressions import Cast, Expression, Fold, Tensor, Transpose
 from surgery.export.lineage.blocks import same, same_turned
 from surgery.export.lineage.stored import Stored, stored_tensor
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import bits
-from surgery.export.expressions import Expression, Transpose, cast
+from surgery.export.casting import cast
+from surgery.export.expressions import Expression, Transpose
 from surgery.export.lineage.comparing import Tile, tiles
 from surgery.export.lineage.stored import Stored
 

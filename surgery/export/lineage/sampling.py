@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.errors import InputError
+from surgery.export.casting import cast, float_dtype
 from surgery.export.expressions import (
     Cast,
     Concat,
@@ -24,12 +25,10 @@ from surgery.export.expressions import (
     Stack,
     Tensor,
     Transpose,
-    cast,
-    float_dtype,
 )
 from surgery.export.lineage.stored import Stored
 
-COUNT = 32
+COUNT = 16
 """Elements of a sample; fewer only where an array has fewer."""
 
 Places = NDArray[np.int64]
@@ -37,7 +36,12 @@ Places = NDArray[np.int64]
 
 @lru_cache(maxsize=4096)
 def places(shape: Shape) -> Places:
-    """[elements, axes]: where an array of this shape is sampled; everywhere if it is small."""
+    """[elements, axes]: where an array of this shape is sampled; everywhere if it is small.
+
+    A matrix and its transpose are sampled at the same elements, which are then read once.
+    """
+    if len(shape) > 1 and shape[-2] > shape[-1]:
+        return swapped(places(turn(shape)))
     size = int(np.prod(shape, dtype=np.int64))
     if size <= COUNT:
         flat = np.arange(size)
@@ -46,29 +50,32 @@ def places(shape: Shape) -> Places:
     return np.stack(np.unravel_index(flat, shape), axis=-1).astype(np.int64)
 
 
-def sample_stored(stored: Stored, at: Places) -> NDArray[np.generic]:
-    """The elements of `stored` at these places."""
-    return stored.elements(np.ravel_multi_index(tuple(at.T), stored.shape))
-
-
 class Sampler:
-    """Elements of expressions in the tensors `stored`; `shapes` of expressions are looked up by
-    `shape_of`."""
+    """Elements of arrays, and of expressions in the tensors `tensors`; each is read once."""
 
-    def __init__(self, stored: Mapping[str, Stored]) -> None:
-        self._stored = stored
+    def __init__(self, tensors: Mapping[str, Stored]) -> None:
+        self._tensors = tensors
+        self._read: dict[tuple[object, ...], NDArray[np.generic]] = {}
 
     def shape(self, expression: Expression) -> Shape:
         """The shape of an expression, without another look at the checkpoint."""
         if isinstance(expression, Tensor):
-            return self._stored[expression.name].shape
+            return self._tensors[expression.name].shape
         shapes = [self.shape(operand) for operand in expression.operands()]
         return _shape(expression, shapes)
+
+    def elements(self, stored: Stored, at: Places) -> NDArray[np.generic]:
+        """The elements of an array at places [elements, axes]."""
+        flat = np.ravel_multi_index(tuple(at.T), stored.shape)
+        key = (stored.path, stored.name, flat.tobytes())
+        if key not in self._read:
+            self._read[key] = stored.elements(flat)
+        return self._read[key]
 
     def sample(self, expression: Expression, at: Places) -> NDArray[np.generic]:
         """The elements of an expression at places [elements, axes], in its own dtype."""
         if isinstance(expression, Tensor):
-            return sample_stored(self._stored[expression.name], at)
+            return self.elements(self._tensors[expression.name], at)
         if isinstance(expression, Cast):
             return cast(self.sample(expression.of, at), float_dtype(expression.to))
         if isinstance(expression, Fold):

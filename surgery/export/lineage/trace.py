@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from surgery.arch.interface import Architecture
 from surgery.checkpoint import Checkpoint
 from surgery.errors import quote
 from surgery.export.expressions import Cast, Expression, Fold, Tensor
 from surgery.export.lineage import diagnosis
-from surgery.export.lineage.catalogue import Catalogue, is_constant, shaped
+from surgery.export.lineage.catalogue import Catalogue, shaped
 from surgery.export.lineage.comparing import equals
 from surgery.export.lineage.diagnosis import diagnose, is_turned
 from surgery.export.lineage.expected import Expectation, Expectations, fits
@@ -48,6 +48,8 @@ class Tracer:
     catalogue: Catalogue
     expected: Expectations
     shards: Shards
+    _equal: dict[Expression, tuple[Expression, ...]] = field(default_factory=dict)
+    """Everything that an expression was found equal to; an initializer that is one is all."""
 
     def trace(self, stored: Stored) -> Traced:
         """What an initializer is, and whether what is claimed of it is true."""
@@ -80,7 +82,7 @@ class Tracer:
             return self._by_place(stored, resolve(stored, tensors), expectation)
         if not stored.is_float or not stored.size:
             return self._other(stored, expectation)
-        held = list(self._held(stored, expectation))
+        held = self._held(stored, expectation)
         if not held:
             return self._unheld(stored, expectation)
         own = [e for e in held if expectation is None or _shares(e, expectation.expression)]
@@ -90,14 +92,18 @@ class Tracer:
 
     # ------------------------------------------------------------------------ what it may hold
 
-    def _held(self, stored: Stored, expectation: Expectation | None) -> Iterator[Expression]:
+    def _held(self, stored: Stored, expectation: Expectation | None) -> list[Expression]:
         """Every expression that is the initializer bit for bit, the expected one first."""
+        held: dict[Expression, None] = {}
         seen: set[Expression] = set()
         for expression in self._candidates(stored, expectation):
             if expression not in seen:
                 seen.add(expression)
                 if equals(stored, expression, self.checkpoint):
-                    yield expression
+                    held.update(dict.fromkeys((expression, *self._equal.get(expression, ()))))
+                    seen |= held.keys()
+        self._equal.update(dict.fromkeys(held, tuple(held)))
+        return list(held)
 
     def _candidates(self, stored: Stored, expectation: Expectation | None) -> Iterator[Expression]:
         """Those that agree on the sample: what is expected, then whatever is in the catalogue."""
@@ -105,7 +111,7 @@ class Tracer:
             wanted = self.forms(stored, expectation.expression)
             yield from (form for form in wanted if self.catalogue.agrees(stored, form))
         yield from self.catalogue.exact(stored)
-        if len(stored.shape) > 1 and not is_constant(stored):
+        if len(stored.shape) > 1 and not self.catalogue.is_constant(stored):
             rows = self._table_rows(stored)
             yield from (form for form in rows if self.catalogue.agrees(stored, form))
 
@@ -163,7 +169,7 @@ class Tracer:
 
     def _wrong(self, stored: Stored, expectation: Expectation, held: list[Expression]) -> Traced:
         """It is some tensor, but another than it should be."""
-        if is_constant(stored):
+        if self.catalogue.is_constant(stored):
             return self._unheld(stored, expectation)
         other = held[0].tensors()[0]
         tensor = expectation.expression.tensors()[0]
@@ -178,7 +184,7 @@ class Tracer:
             return self._misshapen(stored, expectation)
         target = target or self.catalogue.near(stored)
         if target is None:
-            unmatched = self.catalogue.fits(stored.shape) and not is_constant(stored)
+            unmatched = self.catalogue.fits(stored.shape) and not self.catalogue.is_constant(stored)
             return Traced(Row(stored.name, UNMATCHED if unmatched else CONSTANT))
         symptom, message = diagnose(stored, target, self.checkpoint)
         row = Row.of(stored.name, MISMATCH, tidy(target, self.checkpoint))
