@@ -48,8 +48,8 @@ class Tracer:
     catalogue: Catalogue
     expected: Expectations
     shards: Shards
-    _equal: dict[Expression, tuple[Expression, ...]] = field(default_factory=dict)
-    """Everything that an expression was found equal to; an initializer that is one is all."""
+    _equal: dict[Expression, dict[Expression, None]] = field(default_factory=dict)
+    """Everything that an expression was found equal to: an initializer that is one is all."""
 
     def trace(self, stored: Stored) -> Traced:
         """What an initializer is, and whether what is claimed of it is true."""
@@ -97,12 +97,13 @@ class Tracer:
         held: dict[Expression, None] = {}
         seen: set[Expression] = set()
         for expression in self._candidates(stored, expectation):
-            if expression not in seen:
-                seen.add(expression)
-                if equals(stored, expression, self.checkpoint):
-                    held.update(dict.fromkeys((expression, *self._equal.get(expression, ()))))
-                    seen |= held.keys()
-        self._equal.update(dict.fromkeys(held, tuple(held)))
+            if expression not in seen and equals(stored, expression, self.checkpoint):
+                held[expression] = None
+                if expression in self._equal:
+                    held.update(self._equal[expression])
+                    break
+            seen.add(expression)
+        self._equal.update((expression, held) for expression in held)
         return list(held)
 
     def _candidates(self, stored: Stored, expectation: Expectation | None) -> Iterator[Expression]:
