@@ -180,8 +180,10 @@ def test_an_interval_is_widened_by_what_the_runtimes_differ() -> None:
     assert [symptom for _, symptom, _ in found(apart, TARGET)] == ["not certain"] * 2
 
 
-def test_a_metric_that_one_runtime_lacks_is_not_calibrated() -> None:
-    corners = {"T_o": 0.40, "T_e": 0.98, "R_e": 0.98}
+@pytest.mark.parametrize("missing", ["R_o", "R_e"])
+def test_a_metric_that_one_runtime_lacks_is_not_calibrated(missing: str) -> None:
+    corners = {"T_o": 0.40, "T_e": 0.98, "R_o": 0.40, "R_e": 0.98}
+    del corners[missing]
     lacking = changed(behaved(), "effects", lambda r: r.metric == "memory_rate", corners=corners)
     assert ("target", "not certain", "target/memory_rate/T") in found(lacking, TARGET)
 

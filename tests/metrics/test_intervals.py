@@ -55,6 +55,12 @@ def test_an_exact_change_is_held_at_least_as_often_as_it_says(rates: tuple[float
     assert held >= 0.9
 
 
+def test_a_change_by_hand() -> None:
+    """Two in three become yes, none becomes no: each share at half the doubt."""
+    up, down = exact_rate(2, 3, 0.975), exact_rate(0, 3, 0.975)
+    assert exact_change(2, 0, 3, 0.95) == (up[0] - down[1], up[1] - down[0])
+
+
 def test_one_text_says_next_to_nothing_however_clear_it_is() -> None:
     low, high = exact_change(1, 0, 1, 0.95)
     assert low < -0.9 and high == 1.0
