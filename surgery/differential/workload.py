@@ -10,6 +10,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import NothingCompared
 from surgery.export.tasks import Task
 from surgery.metrics import Metric, make_metric
+from surgery.metrics.intervals import LEVELS
 from surgery.metrics.line_metric import ANSWER as LANGUAGE
 from surgery.policy import Policy
 from surgery.runtimes.child import Generation
@@ -51,6 +52,7 @@ class Workload:
     tokenizer: Tokenizer | None
     vocab: int
     seed: int
+    confidences: tuple[float, ...] = LEVELS
 
     def of_set(self, name: str) -> tuple[Stimulus, ...]:
         return tuple(stimulus for stimulus in self.stimuli if stimulus.set == name)
@@ -106,6 +108,7 @@ def make_workload(
         tokenizer,
         vocab,
         seed,
+        tuple(sorted({*LEVELS, *policy.confidences})),
     )
 
 
