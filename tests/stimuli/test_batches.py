@@ -166,7 +166,8 @@ def test_a_cache_is_filled_by_real_tokens_of_every_row_and_then_read(positions: 
         rows, columns = batch.input_ids.shape
         assert 0 < batch.split < columns <= min(positions, LONGEST_PROBE)
         assert batch.attention_mask[:, : batch.split].any(axis=1).all()
-        assert batch.attention_mask[:, batch.split :].all(), "what follows is real"
+        following = batch.attention_mask[:, batch.split :]
+        assert following.all() or ("holes" in batch.name and following.any(axis=1).all())
         assert len(batch.rows) == rows
 
 
@@ -176,7 +177,7 @@ def test_caches_are_short_long_and_padded_and_one_token_or_more_follows() -> Non
     shapes = {(b.split, b.input_ids.shape[1] - b.split) for b in found}
     assert shapes >= {(1, 1), (5, 4), (POSITIONS - 1, 1)}
     padded = {b.input_ids.shape[1] - b.split for b in found if not b.attention_mask.all()}
-    assert padded == {1, 4}
+    assert padded == {1, 2, 4}
     assert digest(found) != digest(list(cache_batches(VOCAB, POSITIONS, seed=1)))
 
 
