@@ -49,6 +49,7 @@ def tables(report: Report) -> list[Table]:
         _worst(report.conversion),
         _interaction(report),
         *behaviour_tables(report),
+        _left_out(report),
         _corners(report),
         _policy(report),
         _inputs(report),
@@ -196,6 +197,13 @@ def _policy(report: Report) -> Table:
             if (value := getattr(rule, name)) is not None:
                 rows.append((f"{rule.set} {rule.metric} {name}", signed(value)))
     return _table("Policy", ("limit", "value"), rows, 1)
+
+
+def _left_out(report: Report) -> Table:
+    """Batches that did not run, or not in full, and why."""
+    said = report.inputs.get("workload", {}).get("left_out")
+    rows = ((name, str(why)) for name, why in said.items()) if isinstance(said, dict) else ()
+    return _table("Left out", ("batch", "why"), rows)
 
 
 def _inputs(report: Report) -> Table:
