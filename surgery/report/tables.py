@@ -9,11 +9,13 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from surgery.evidence import CORNERS, Conversion, Effect, Finding
 from surgery.report.model import Report
 from surgery.syntax import printable
+from surgery.taxonomy import Issue
 
 ABSENT = "–"
 RUNTIMES = {"T": "PyTorch", "R": "ONNX Runtime"}
@@ -76,6 +78,7 @@ def tables(report: Report) -> list[Table]:
     """Every table that has rows, the verdict's reasons first."""
     made = (
         _findings(report.findings),
+        _issues(report.issues),
         _effects(report.effects),
         _drift(report),
         _conversion(report.conversion),
@@ -107,6 +110,13 @@ def _findings(findings: Iterable[Finding]) -> Table:
         (f.stage, f.symptom, f.site, number(f.value), number(f.limit), f.message) for f in findings
     )
     return _table("Findings", headers, rows, 3, 4, spare=("limit", "value", "site"))
+
+
+def _issues(issues: Iterable[Issue]) -> Table:
+    headers = ("fingerprint", "stage", "symptom", "cause", "findings", "sites", "operator")
+    own = attrgetter(*headers[:4])
+    rows = ((*own(i), number(i.count), ", ".join(i.sites), i.operator) for i in issues)
+    return _table("Issues", headers, rows, 4, spare=("operator", "findings", "sites"))
 
 
 def _effects(effects: Iterable[Effect]) -> Table:
