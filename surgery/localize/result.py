@@ -97,7 +97,8 @@ class Localization:
         for fault in self.faults:
             site = f"{corner}/{fault.site}"
             message = f"{corner}: {fault}, on {quote(self.batch)}"
-            yield Finding(fault.stage, "introduced error", site, message, fault.introduced, LIMIT)
+            kind, told = "introduced error", fault.operator.told if fault.operator else ""
+            yield Finding(fault.stage, kind, site, message, fault.introduced, LIMIT, told)
         if self.note and not self.faults:
             message = f"{corner}: where the error comes in was not found: {self.note}"
             yield Finding("localize", "not found", corner, message)
