@@ -27,7 +27,8 @@ class Finding:
     stage: where in the chain (`load`, `run`, `interface`, `embedding`, `lineage`, `conversion`,
     `interaction`, `preserve`, `target`, `coverage`); symptom: what kind (`crash`, `timeout`,
     `nan`, `missing output`, `shape`, `dtype`, `wrong value`, `stale tensor`, ...); site: which
-    corner, tensor, output or batch; value and limit: the number found and the one allowed.
+    corner, tensor, output or batch; value and limit: the number found and the one allowed;
+    operator: the kind of the operator at fault and how it differs, where that was found.
     """
 
     stage: str
@@ -36,6 +37,7 @@ class Finding:
     message: str
     value: float | None = None
     limit: float | None = None
+    operator: str = ""
 
 
 @dataclass(frozen=True)

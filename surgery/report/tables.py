@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any
 
 from surgery.evidence import CORNERS, Conversion, Effect, Finding
@@ -15,6 +16,7 @@ from surgery.report.behaviour import behaviour_tables
 from surgery.report.cells import ABSENT, Table, number, percent, signed
 from surgery.report.cells import make_table as _table
 from surgery.report.model import Report
+from surgery.taxonomy import Issue
 
 RUNTIMES = {"T": "PyTorch", "R": "ONNX Runtime"}
 HEADLINES = {"pass": "PASS", "fail": "FAIL", "not_evaluated": "NOT EVALUATED"}
@@ -43,12 +45,14 @@ def tables(report: Report) -> list[Table]:
     """Every table that has rows, the verdict's reasons first."""
     made = (
         _findings(report.findings),
+        _issues(report.issues),
         _effects(report.effects),
         _drift(report),
         _conversion(report.conversion),
         _worst(report.conversion),
         _interaction(report),
         *behaviour_tables(report),
+        _left_out(report),
         _corners(report),
         _policy(report),
         _inputs(report),
@@ -63,6 +67,13 @@ def _findings(findings: Iterable[Finding]) -> Table:
         (f.stage, f.symptom, f.site, number(f.value), number(f.limit), f.message) for f in findings
     )
     return _table("Findings", headers, rows, 3, 4, spare=("limit", "value", "site"))
+
+
+def _issues(issues: Iterable[Issue]) -> Table:
+    headers = ("fingerprint", "stage", "symptom", "cause", "findings", "sites", "operator")
+    own = attrgetter(*headers[:4])
+    rows = ((*own(i), number(i.count), ", ".join(i.sites), i.operator) for i in issues)
+    return _table("Issues", headers, rows, 4, spare=("operator", "findings", "sites"))
 
 
 def _effects(effects: Iterable[Effect]) -> Table:
@@ -196,6 +207,13 @@ def _policy(report: Report) -> Table:
             if (value := getattr(rule, name)) is not None:
                 rows.append((f"{rule.set} {rule.metric} {name}", signed(value)))
     return _table("Policy", ("limit", "value"), rows, 1)
+
+
+def _left_out(report: Report) -> Table:
+    """Batches that did not run, or not in full, and why."""
+    said = report.inputs.get("workload", {}).get("left_out")
+    rows = ((name, str(why)) for name, why in said.items()) if isinstance(said, dict) else ()
+    return _table("Left out", ("batch", "why"), rows)
 
 
 def _inputs(report: Report) -> Table:

@@ -7,16 +7,18 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import EnvironmentFault, OnnxError
 from surgery.runtimes import RUNTIMES, ModelRef
 from surgery.runtimes.child import Generation, Job, Limits, Outcome, run
-from surgery.runtimes.worker import count_nonfinite
+from surgery.runtimes.worker import count_nonfinite, padding
 from surgery.stimuli.interface import Batch
 from tests.batches import BATCHES
 from tests.models import Zoo
@@ -199,6 +201,21 @@ def test_values_of_a_cache_are_counted_along_its_length() -> None:
     cache, mask = np.zeros((2, 3, 3, 4), np.float32), np.array([[0, 1, 1], [1, 1, 1]])
     cache[0, :, 0], cache[1, 0, 2, 3] = np.nan, np.inf
     assert (count_nonfinite(cache, mask), count_nonfinite(cache, 1 - mask)) == (1, 12)
+
+
+def test_a_row_of_padding_alone_is_not_counted() -> None:
+    """Nothing says what a runtime gives for a row that may attend to nothing."""
+    mask = np.array([[0, 1, 1], [0, 0, 0]])
+    batch, pooled = np.zeros((2, 3, 4), np.float32), np.zeros((2, 5), np.float32)
+    batch[1], pooled[1], batch[0, 0, 0] = np.nan, np.nan, np.nan
+    assert padded_facts(batch, mask) == (0, 1)
+    assert padded_facts(pooled, mask) == (0, 0)
+    pooled[0, 2] = np.inf
+    assert padded_facts(pooled, mask)[0] == 1
+
+
+def padded_facts(array: NDArray[Any], mask: NDArray[Any]) -> tuple[int, int]:
+    return count_nonfinite(array, mask), count_nonfinite(array, padding(mask))
 
 
 def test_a_generation_that_meets_nan_stops_and_says_so(tmp_path: Path) -> None:
