@@ -74,6 +74,7 @@ STAGES = {
     "interface": Stage.EXPORT,
     "lineage": Stage.EXPORT,
     "embedding": Stage.NODES,
+    "capture": Stage.EXPORT,
     "translate": Stage.NODES,
     "optimise": Stage.OPTIMISATION,
     "conversion": Stage.VALIDATION,
@@ -90,7 +91,7 @@ _CRASHES = ("crash", "timeout", "error")
 _UNCHECKED = (
     "not measured", "nothing compared", "missing corner", "embedding not compared", "impossible",
     "unreadable folder", "unreadable file", "malformed receipt", "malformed checkpoint",
-    "not certain",
+    "not certain", "A/A beyond limit",
 )  # fmt: skip
 _WRONG = (
     "nan", "wrong value", "shape", "dtype", "missing output", "extra output", "introduced error",
