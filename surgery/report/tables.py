@@ -203,7 +203,7 @@ def _policy(report: Report) -> Table:
         for name, value in getattr(policy, section).model_dump().items()
     ]
     for rule in policy.target:
-        for name in ("min_change", "max_change"):
+        for name in ("min_change", "max_change", "confidence"):
             if (value := getattr(rule, name)) is not None:
                 rows.append((f"{rule.set} {rule.metric} {name}", signed(value)))
     return _table("Policy", ("limit", "value"), rows, 1)
