@@ -11,6 +11,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import NothingCompared
 from surgery.export.tasks import Task
 from surgery.metrics import Metric, make_metric
+from surgery.metrics.intervals import LEVELS
 from surgery.metrics.line_metric import ANSWER as LANGUAGE
 from surgery.policy import Policy
 from surgery.runtimes.child import Generation
@@ -58,6 +59,7 @@ class Workload:
     responders: tuple[tuple[str, ...], ...]
     tokenizer: Tokenizer | None
     space: Space
+    confidences: tuple[float, ...] = LEVELS
     parameters: int = 0
     position_bytes: int = 1
     budget: int = 0
@@ -134,6 +136,7 @@ def make_workload(
         tuple(responders.values()),
         tokenizer,
         Space(vocab, positions, task.causal, task.cache, seed),
+        tuple(sorted({*LEVELS, *policy.confidences})),
         parameters,
         2 * width,
         budget,

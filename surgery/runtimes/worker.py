@@ -136,10 +136,10 @@ def padding(mask: NDArray[np.int64]) -> NDArray[np.int64]:
 def _generate(runtime: Runtime, request: dict[str, Any], able: bool) -> dict[str, Any]:
     prompts = tuple(tuple(prompt) for prompt in request["prompts"])
     if not able:
-        return {"tokens": [() for _ in prompts], "nonfinite": 0}
+        return {"tokens": [() for _ in prompts], "nonfinite": 0, "runners": [() for _ in prompts]}
     wanted = Generation(prompts, request["max_new_tokens"], tuple(request["eos"]))
     found = generate(runtime, wanted)
-    return {"tokens": found.tokens, "nonfinite": found.nonfinite}
+    return {"tokens": found.tokens, "nonfinite": found.nonfinite, "runners": found.runners}
 
 
 def _embed(runtime: Runtime, path: Path, job: dict[str, Any]) -> str | None:
