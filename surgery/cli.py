@@ -78,6 +78,13 @@ timeout_option = click.option(
 )
 
 
+budget_option = click.option(
+    "--budget",
+    type=Seconds(min=0, min_open=True),
+    help="Seconds for all corners together; what is left goes to further probes.",
+)
+
+
 def pair_options(command: Any) -> Any:
     """What a differential run compares: a model and its ONNX file, and the edited ones."""
     for option in (
@@ -342,6 +349,8 @@ def lineage(model: Path, onnx: Path, json: bool) -> None:
 @task_option
 @seed_option
 @timeout_option
+@budget_option
+@click.option("--batch", metavar="NAME", help="Run this batch of a report again, alone.")
 @click.option("--report", type=PATH, required=True, metavar="FILE", help="Where to write JSON.")
 def diff(report: Path, policy: Path | None, timeout: float, **options: Any) -> None:
     """Test a conversion, or with --edited all four corners.
@@ -372,6 +381,7 @@ def diff(report: Path, policy: Path | None, timeout: float, **options: Any) -> N
 @task_option
 @seed_option
 @timeout_option
+@budget_option
 def validate(recipe: Path, output: Path, timeout: float, **options: Any) -> None:
     """Apply, export, test the four corners, report and judge.
 

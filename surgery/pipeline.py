@@ -13,7 +13,16 @@ from surgery.apply import apply
 from surgery.arch import identify
 from surgery.checkpoint import Checkpoint, Staging
 from surgery.checkpoint.files import sha256_file
-from surgery.differential import DEFAULT_SEED, Limits, Pair, Workload, make_workload, measure
+from surgery.differential import (
+    DEFAULT_SEED,
+    Limits,
+    Pair,
+    Workload,
+    explore,
+    make_workload,
+    measure,
+    only,
+)
 from surgery.errors import InputError, NothingCompared
 from surgery.evidence import EDGES, Evidence
 from surgery.export import CACHED, Task, choose_task, export, export_graph, onnxfile
@@ -56,17 +65,23 @@ def diff(
     limits: Limits | None = None,
     progress: Progress = silent,
     root: Path | None = None,
+    budget: float | None = None,
+    batch: str | None = None,
 ) -> Report:
     """The differential test of checkpoint `model` and, where given, of `edited`.
 
     An ONNX file that is not given is exported to a temporary folder; one that has a key-value
-    cache is judged with it. The report names files inside `root` relative to it. Raises
-    `InputError` for anything given that cannot be used; whatever a corner does is in the report.
+    cache is judged with it. `budget`: seconds for all corners, spent on further probes; `batch`:
+    the one batch to run again, which is never a pass. The report names files inside `root`
+    relative to it. Raises `InputError` for anything given that cannot be used; whatever a corner
+    does is in the report.
     """
     given = _Given(model, onnx, edited, edited_onnx)
     with _prepared(given, stimuli, policy, task, seed, progress) as (pairs, asked, scratch):
+        if batch is not None:
+            asked = replace(asked, workload=only(asked.workload, batch))
         bounds = limits or Limits()
-        return _report(pairs, asked, stimuli, policy, bounds, progress, root or scratch)
+        return _report(pairs, asked, stimuli, policy, bounds, progress, root or scratch, budget)
 
 
 def localize(
@@ -161,6 +176,7 @@ def validate(
     limits: Limits | None = None,
     allow_outside: bool = False,
     progress: Progress = silent,
+    budget: float | None = None,
 ) -> Report:
     """Applies `recipe` to `model`, exports both, tests the four corners and writes the report.
 
@@ -180,7 +196,7 @@ def validate(
             progress(f"export of {ONNX[edge].removeprefix('onnx/')}")
             export(pair.model, pair.onnx.parent, task=asked.task.name)
         bounds = limits or Limits()
-        report = _report(pairs, asked, stimuli, policy, bounds, progress, staging.path)
+        report = _report(pairs, asked, stimuli, policy, bounds, progress, staging.path, budget)
         staging.write(REPORT_JSON, render(report, "json").encode())
         staging.write(REPORT_HTML, render(report, "html").encode())
         staging.commit()
@@ -234,14 +250,16 @@ def _report(
     limits: Limits,
     progress: Progress,
     root: Path | None = None,
+    budget: float | None = None,
 ) -> Report:
-    evidence = measure(pairs, asked.task, asked.workload, limits, progress)
+    found = explore(pairs, asked.task, asked.workload, policy, limits, progress, budget)
+    evidence, asked = found.evidence, replace(asked, workload=found.workload)
     lineages = _lineages(pairs, progress)
     evidence = replace(evidence, faults=(*stale_tensors(lineages), *evidence.faults))
     verdict = judge(evidence, policy)
     if any(finding.stage == "conversion" for finding in verdict.findings):
-        found = _localized(pairs, lineages, asked, evidence, limits, progress)
-        extra = [f for edge, own in found.items() for f in own.findings(EDGES[edge][1])]
+        places = _localized(pairs, lineages, asked, evidence, limits, progress)
+        extra = [f for edge, own in places.items() for f in own.findings(EDGES[edge][1])]
         evidence = replace(evidence, faults=(*extra, *evidence.faults))
         verdict = judge(evidence, policy)
     inputs = {
