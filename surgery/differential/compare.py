@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from surgery.differential import caches
 from surgery.differential.corners import Ran
+from surgery.differential.interactions import Interactions
 from surgery.differential.workload import Workload
 from surgery.errors import quote
 from surgery.evidence import (
@@ -22,11 +23,10 @@ from surgery.evidence import (
     Effect,
     Evidence,
     Finding,
-    Interaction,
 )
 from surgery.export.tasks import Task
 from surgery.metrics import Observed
-from surgery.metrics.distance import HALF_ULP, ConversionSums, InteractionSums
+from surgery.metrics.distance import HALF_ULP, ConversionSums
 from surgery.metrics.divergence import kl_divergence, token_nll, top1_flips
 from surgery.runtimes.child import Outcome, OutputFact
 from surgery.stimuli import Batch
@@ -55,7 +55,7 @@ class Sums:
     conversion: dict[str, ConversionSums] = field(default_factory=dict)
     caches: caches.Sums = field(default_factory=dict)
     edges: dict[str, DriftSums] = field(default_factory=dict)
-    interaction: dict[str, InteractionSums] = field(default_factory=dict)
+    interaction: Interactions = field(default_factory=Interactions)
     drift: dict[tuple[str, str], DriftSums] = field(default_factory=dict)
     nll: dict[tuple[str, str], list[NDArray[np.float64]]] = field(default_factory=dict)
 
@@ -72,7 +72,8 @@ def compare(ran: Ran, workload: Workload, task: Task) -> Evidence:
     return Evidence(
         corners={name: _corner(name, outcome, workload) for name, outcome in ran.corners.items()},
         conversion=conversion,
-        interaction=tuple(_interaction(sums, task)),
+        interaction=tuple(sums.interaction.of_sets(task.output)),
+        stimuli=tuple(sums.interaction.of_stimuli()),
         effects=tuple(_effects(ran, workload, sums)),
         drift=tuple(
             Drift(stimulus_set, runtime, d.positions, d.kl / d.positions, d.flips / d.positions)
@@ -282,16 +283,9 @@ def _add_batch(sums: Sums, ran: Ran, batch: Batch, task: Task) -> None:
                 if task.cache or task.pooled:
                     outcomes = (ran.corners[t], ran.references[t], ran.corners[r])
                     caches.add(sums.caches, edge, batch.name, where, outcomes)
-        _add_interaction(sums, batch, kept, references)
+        sums.interaction.add(batch, kept, references)
         if task.causal:
             _add_behaviour(sums, batch, kept)
-
-
-def _add_interaction(sums: Sums, batch: Batch, kept: Kept, references: Kept) -> None:
-    same = len({array.shape for array in kept.values()}) == 1
-    if same and set(kept) == set(CORNERS) and set(references) == {"T_o", "T_e"}:
-        own = sums.interaction.setdefault(batch.stimulus_set, InteractionSums())
-        own.add(kept, references)
 
 
 def _add_behaviour(sums: Sums, batch: Batch, kept: Kept) -> None:
@@ -351,20 +345,6 @@ def _conversion_row(
         ratio_position=own.ratio_position,
         worst=own.worst[1],
     )
-
-
-def _interaction(sums: Sums, task: Task) -> Iterator[Interaction]:
-    for stimulus_set, own in sums.interaction.items():
-        yield Interaction(
-            stimulus_set=stimulus_set,
-            output=task.output,
-            effect=own.effect.l2,
-            norm=own.interaction.l2,
-            ratio=own.ratio,
-            rho=own.rho,
-            noise=own.noise_l2,
-            noise_ratio=own.noise_ratio,
-        )
 
 
 def _effects(ran: Ran, workload: Workload, sums: Sums) -> Iterator[Effect]:

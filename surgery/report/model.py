@@ -21,7 +21,17 @@ from pydantic_core import core_schema
 
 from surgery.documents import SchemaOne, load_data, read_text, validate
 from surgery.errors import ReportError
-from surgery.evidence import Conversion, Corner, Drift, Effect, Evidence, Finding, Interaction
+from surgery.evidence import (
+    Conversion,
+    Corner,
+    Drift,
+    Effect,
+    Evidence,
+    Finding,
+    Interaction,
+    SiteInteraction,
+    StimulusInteraction,
+)
 from surgery.gate import Verdict, judge
 from surgery.policy import Policy
 from surgery.syntax import escape
@@ -118,6 +128,8 @@ class Report(BaseModel):
     interaction: tuple[Annotated[Interaction, _Row()], ...]
     effects: tuple[Annotated[Effect, _Row()], ...]
     drift: tuple[Annotated[Drift, _Row()], ...]
+    stimuli: tuple[Annotated[StimulusInteraction, _Row()], ...] = ()
+    sites: tuple[Annotated[SiteInteraction, _Row()], ...] = ()
     faults: tuple[Annotated[Finding, _Row()], ...]
     findings: tuple[Annotated[Finding, _Row()], ...]
     compared: int
