@@ -31,6 +31,7 @@ from surgery.export.lineage import Lineage, trace
 from surgery.gate import judge
 from surgery.localize import LIMIT, Localization
 from surgery.localize import localize as find
+from surgery.localize.edit import EditTrace, trace_edit
 from surgery.localize.weights import stale_tensors
 from surgery.policy import BUILT_IN, Policy
 from surgery.process import one_line
@@ -108,6 +109,9 @@ def localize(
         evidence = measure(pairs, asked.task, asked.workload, bounds, progress)
         lineages = _lineages(pairs, progress)
         found = _localized(pairs, lineages, asked, evidence, bounds, progress)
+        if "C_e" in found:
+            edit = _traced(pairs, lineages, asked, evidence, bounds, progress)
+            found["C_e"] = replace(found["C_e"], edit=edit)
     missing = [edge for edge in pairs if edge not in found]
     if missing:
         reasons = "; ".join(fault.message for fault in evidence.faults) or "no output was kept"
@@ -257,9 +261,15 @@ def _report(
     lineages = _lineages(pairs, progress)
     evidence = replace(evidence, faults=(*stale_tensors(lineages), *evidence.faults))
     verdict = judge(evidence, policy)
-    if any(finding.stage == "conversion" for finding in verdict.findings):
+    stages, extra = {finding.stage for finding in verdict.findings}, []
+    if "conversion" in stages:
         places = _localized(pairs, lineages, asked, evidence, limits, progress)
-        extra = [f for edge, own in places.items() for f in own.findings(EDGES[edge][1])]
+        extra += [f for edge, own in places.items() for f in own.findings(EDGES[edge][1])]
+    if "interaction" in stages:
+        traced = _traced(pairs, lineages, asked, evidence, limits, progress)
+        evidence = replace(evidence, sites=traced.rows)
+        extra += traced.findings()
+    if extra:
         evidence = replace(evidence, faults=(*extra, *evidence.faults))
         verdict = judge(evidence, policy)
     inputs = {
@@ -306,6 +316,30 @@ def _localized(
             wrong = any(max(row.ratio_l2, row.ratio_max) > LIMIT for row in rows)
             found[edge] = replace(own, note=_unseen(batch)) if own.clean and wrong else own
     return found
+
+
+def _traced(
+    pairs: Mapping[str, Pair],
+    lineages: Mapping[str, Lineage],
+    asked: _Asked,
+    evidence: Evidence,
+    limits: Limits,
+    progress: Progress,
+) -> EditTrace:
+    """What becomes of the edit in each module, on the batch whose interaction is the largest."""
+    if not evidence.stimuli:
+        return EditTrace((), "", "the interaction was not measured on any stimulus")
+    worst = max(evidence.stimuli, key=lambda row: row.noise_ratio).stimulus
+    batch = next(b for b in asked.workload.batches if worst in b.rows)
+
+    def report(stage: str) -> None:
+        progress(f"tracing the edit: {stage}")
+
+    with tempfile.TemporaryDirectory(prefix="surgery-edit-") as scratch:
+        try:
+            return trace_edit(pairs, asked.task, batch, lineages, Path(scratch), limits, report)
+        except Exception as error:  # whatever a search meets, what was measured stays
+            return EditTrace((), batch.name, f"{type(error).__name__}: {one_line(str(error))}")
 
 
 def _unseen(batch: Batch) -> str:
