@@ -237,7 +237,7 @@ def _report(
 ) -> Report:
     evidence = measure(pairs, asked.task, asked.workload, limits, progress)
     lineages = _lineages(pairs, progress)
-    evidence = replace(evidence, faults=(*stale_tensors(lineages), *evidence.faults))
+    evidence = replace(evidence, faults=(*stale_tensors(lineages, pairs), *evidence.faults))
     verdict = judge(evidence, policy)
     if any(finding.stage == "conversion" for finding in verdict.findings):
         found = _localized(pairs, lineages, asked, evidence, limits, progress)

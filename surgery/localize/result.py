@@ -8,7 +8,7 @@ from typing import Any
 
 from surgery.errors import quote
 from surgery.evidence import Finding
-from surgery.localize.operators import Operator
+from surgery.localize.trial import Operator
 
 LIMIT = 8.0
 """Errors are told in units of noise; the built-in policy allows a conversion this many."""
@@ -45,9 +45,10 @@ class Fault:
     """A module that brings an error in.
 
     `also`: the other boundaries where the same cause does, in other layers mostly; `confirmed`:
-    with PyTorch's values at all of these, nothing else is wrong; `stage` is `translate`,
-    `optimise` or `kernel`: what of the conversion is at fault; `operator` where it was found;
-    `within`: modules that have no boundary of their own, experts, and lie before this one.
+    with PyTorch's values at all of these, or at all modules of their kind, nothing else is wrong;
+    `stage` is `translate`, `optimise` or `kernel`: what of the conversion is at fault; `operator`
+    where it was found; `within`: modules that have no boundary of their own, experts, and lie
+    before this one.
     """
 
     site: str

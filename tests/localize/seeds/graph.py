@@ -163,7 +163,7 @@ def _norm(target: Target) -> Any:
 
 def no_norm(target: Target) -> Truth:
     node = _norm(target)
-    site = rf".*norm.*|(q|k|v|gate|up)_proj\.{target.layer}|qkv\.{target.layer}"
+    site = rf".*norm.*|(q|k|v|gate|up)_proj\.{target.layer}|qkv_proj\.{target.layer}"
     del node.attribute[:], node.input[1:]
     return _kind(node, "Identity", site)
 
