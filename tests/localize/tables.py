@@ -26,6 +26,8 @@ WHY: dict[str, str] = {
     "positions count padding": "rotary angles are relative: padding shifts a row as a whole",
     "epsilon 10% larger": "epsilon is far below the variance that it is added to",
     "epsilon tenfold": "epsilon is far below the variance that it is added to",
+    "rotary base": "a head of one frequency, which is 1 whatever the base",
+    "scaled 0.2%": "a norm follows, which undoes any scale",
     "NaN under padding": "the numbers at real positions are right; those at padding are told",
     "key cache under another name": "caches of unknown names are taken in the graph's order",
 }
