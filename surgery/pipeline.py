@@ -259,7 +259,7 @@ def _report(
     found = explore(pairs, asked.task, asked.workload, policy, limits, progress, budget)
     evidence, asked = found.evidence, replace(asked, workload=found.workload)
     lineages = _lineages(pairs, progress)
-    evidence = replace(evidence, faults=(*stale_tensors(lineages), *evidence.faults))
+    evidence = replace(evidence, faults=(*stale_tensors(lineages, pairs), *evidence.faults))
     verdict = judge(evidence, policy)
     stages, extra = {finding.stage for finding in verdict.findings}, []
     if "conversion" in stages:
