@@ -90,6 +90,7 @@ _CRASHES = ("crash", "timeout", "error")
 _UNCHECKED = (
     "not measured", "nothing compared", "missing corner", "embedding not compared", "impossible",
     "unreadable folder", "unreadable file", "malformed receipt", "malformed checkpoint",
+    "not certain",
 )  # fmt: skip
 _WRONG = (
     "nan", "wrong value", "shape", "dtype", "missing output", "extra output", "introduced error",

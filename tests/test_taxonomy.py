@@ -15,6 +15,7 @@ import surgery
 from surgery.evidence import Finding
 from surgery.export.lineage import diagnosis
 from surgery.gate import IMPOSSIBLE, RHO_NAMES, UNCOVERED
+from surgery.gate_behaviour import UNCERTAIN
 from surgery.taxonomy import (
     STAGES,
     SYMPTOMS,
@@ -36,6 +37,7 @@ SPOKEN = {
     "_symptom({name: drifted})": {"nan", IMPOSSIBLE},
     "IMPOSSIBLE": {IMPOSSIBLE},
     "UNCOVERED": {UNCOVERED},
+    "UNCERTAIN": {UNCERTAIN},
     "name or 'wrong value'": {*RHO_NAMES.values(), "wrong value"},
     "kind": {"introduced error"},
     "stage": {"conversion", "interaction", "preserve", "target"},

@@ -21,7 +21,18 @@ from pydantic_core import core_schema
 
 from surgery.documents import SchemaOne, load_data, read_text, validate
 from surgery.errors import ReportError
-from surgery.evidence import Conversion, Corner, Drift, Effect, Evidence, Finding, Interaction
+from surgery.evidence import (
+    Conversion,
+    Corner,
+    Divergence,
+    Drift,
+    Effect,
+    Evidence,
+    Finding,
+    Interaction,
+    Interval,
+    Parting,
+)
 from surgery.gate import Verdict, judge
 from surgery.policy import Policy
 from surgery.syntax import escape
@@ -119,6 +130,9 @@ class Report(BaseModel):
     interaction: tuple[Annotated[Interaction, _Row()], ...]
     effects: tuple[Annotated[Effect, _Row()], ...]
     drift: tuple[Annotated[Drift, _Row()], ...]
+    divergence: tuple[Annotated[Divergence, _Row()], ...] = ()
+    partings: tuple[Annotated[Parting, _Row()], ...] = ()
+    intervals: tuple[Annotated[Interval, _Row()], ...] = ()
     faults: tuple[Annotated[Finding, _Row()], ...]
     findings: tuple[Annotated[Finding, _Row()], ...]
     issues: tuple[Annotated[Issue, _Row()], ...]
