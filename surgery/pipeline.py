@@ -19,7 +19,7 @@ from surgery.evidence import EDGES, Evidence
 from surgery.export import CACHED, Task, choose_task, export, export_graph, onnxfile
 from surgery.export.layouts.linked import links
 from surgery.export.lineage import Lineage, trace
-from surgery.gate import judge
+from surgery.gate import FAIL, judge
 from surgery.localize import LIMIT, Localization
 from surgery.localize import localize as find
 from surgery.localize.weights import stale_tensors
@@ -125,8 +125,9 @@ def repro(
         evidence = measure(pairs, asked.task, asked.workload, bounds, progress)
         lineages = _lineages(pairs, progress)
         evidence = replace(evidence, faults=(*stale_tensors(lineages), *evidence.faults))
-        verdict = judge(evidence, policy)
-        found = _localized(pairs, lineages, asked, evidence, bounds, progress)
+        verdict, found = judge(evidence, policy), dict[str, Localization]()
+        if verdict.verdict == FAIL:
+            found = _localized(pairs, lineages, asked, evidence, bounds, progress)
         conversions = {
             edge: Conversion(
                 edge, pair, asked.task, asked.workload, lineages[edge], found.get(edge)

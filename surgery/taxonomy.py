@@ -69,6 +69,7 @@ class Issue:
 
 STAGES = {
     "load": Stage.LOAD,
+    "capture": Stage.LOAD,
     "run": Stage.RUNTIME,
     "kernel": Stage.RUNTIME,
     "interface": Stage.EXPORT,
@@ -90,7 +91,7 @@ _CRASHES = ("crash", "timeout", "error")
 _UNCHECKED = (
     "not measured", "nothing compared", "missing corner", "embedding not compared", "impossible",
     "unreadable folder", "unreadable file", "malformed receipt", "malformed checkpoint",
-    "not certain",
+    "not certain", "A/A beyond limit",
 )  # fmt: skip
 _WRONG = (
     "nan", "wrong value", "shape", "dtype", "missing output", "extra output", "introduced error",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 import surgery
 from surgery.evidence import Finding
 from surgery.export.lineage import diagnosis
-from surgery.gate import IMPOSSIBLE, RHO_NAMES, UNCOVERED
+from surgery.gate import IMPOSSIBLE, RHO_NAMES
 from surgery.gate_behaviour import UNCERTAIN
+from surgery.localize.result import _MEANING as MEANING
 from surgery.taxonomy import (
     STAGES,
     SYMPTOMS,
@@ -28,15 +30,13 @@ from surgery.taxonomy import (
 )
 
 SPOKEN = {
-    "fault.stage": {"translate", "optimise", "kernel", "interface", "run"},
+    "fault.stage": {*MEANING, "interface", "run"},
     "_stage(drift.stimulus_set)": {"preserve", "target"},
     "fault.symptom": set(diagnosis.SYMPTOMS),
     "corner.status": {"crash", "timeout", "error"},
     "outcome.status": {"crash", "timeout", "error"},
     "_symptom(bad)": {"nan", IMPOSSIBLE},
     "_symptom({name: drifted})": {"nan", IMPOSSIBLE},
-    "IMPOSSIBLE": {IMPOSSIBLE},
-    "UNCOVERED": {UNCOVERED},
     "UNCERTAIN": {UNCERTAIN},
     "name or 'wrong value'": {*RHO_NAMES.values(), "wrong value"},
     "kind": {"introduced error"},
@@ -48,14 +48,24 @@ SPOKEN = {
 
 def words(place: int) -> Iterator[str]:
     """The words that the code gives findings as stage (0) or symptom (1)."""
-    for file in Path(surgery.__file__).parent.rglob("*.py"):
+    package = Path(surgery.__file__).parent
+    for file in package.rglob("*.py"):
+        module = ".".join(file.relative_to(package.parent).with_suffix("").parts)
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "Finding":
                 given = node.args[place]
                 if isinstance(given, ast.Constant):
                     yield given.value
                 else:
-                    yield from SPOKEN[ast.unparse(given)]
+                    yield from _said(ast.unparse(given), module)
+
+
+def _said(expression: str, module: str) -> Iterator[str]:
+    """What an expression stands for: a constant of its module, or what `SPOKEN` says."""
+    if expression.isupper():
+        yield getattr(import_module(module), expression)
+    else:
+        yield from SPOKEN[expression]
 
 
 def test_every_word_the_code_can_say_has_a_class() -> None:

@@ -41,6 +41,17 @@ class Repros:
         return asdict(self)
 
 
+def text(found: Repros, output: Path) -> str:
+    """What was written to `output`, for people."""
+    lines = [
+        f"{output / bundle.fingerprint}: {bundle.site}, {bundle.nodes} operators, "
+        f"{bundle.bytes} bytes; right with {bundle.changed or 'nothing that was tried'}"
+        for bundle in found.bundles
+    ]
+    lines += [f"no bundle of {why}" for why in found.missed]
+    return "\n".join(lines) or f"verdict: {found.verdict}; no conversion is wrong in what it gives"
+
+
 @dataclass(frozen=True)
 class Conversion:
     """One edge, with what its localisation found, if anything was compared."""

@@ -19,7 +19,7 @@ def outputs(model: Any, inputs: Mapping[str, Any]) -> Arrays:
     from surgery.runtimes.onnxruntime import open_session
 
     try:
-        session = open_session(model.SerializeToString(), None, 1, optimised=False)
+        session = open_session(model.SerializeToString(), None, 1, level="disabled")
         names = [value.name for value in session.get_outputs()]
         fed = {port.name: inputs[port.name] for port in session.get_inputs()}
         return dict(zip(names, session.run(names, fed), strict=True))
