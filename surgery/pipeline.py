@@ -28,7 +28,7 @@ from surgery.evidence import EDGES, Evidence
 from surgery.export import CACHED, Task, choose_task, export, export_graph, onnxfile
 from surgery.export.layouts.linked import links
 from surgery.export.lineage import Lineage, trace
-from surgery.gate import judge
+from surgery.gate import FAIL, judge
 from surgery.localize import LIMIT, Localization
 from surgery.localize import localize as find
 from surgery.localize.edit import EditTrace, trace_edit
@@ -37,6 +37,7 @@ from surgery.policy import BUILT_IN, Policy
 from surgery.process import one_line
 from surgery.record import environment
 from surgery.report import Report, render
+from surgery.repro import Conversion, Repros, write_bundles
 from surgery.runtimes.graph import has_cache
 from surgery.stimuli import Batch
 from surgery.stimuli.prompts import load_stimuli
@@ -117,6 +118,44 @@ def localize(
         reasons = "; ".join(fault.message for fault in evidence.faults) or "no output was kept"
         raise NothingCompared(f"{pairs[missing[0]].onnx}: nothing to localise: {reasons}")
     return found
+
+
+def repro(
+    model: Path,
+    output: Path,
+    *,
+    onnx: Path | None = None,
+    edited: Path | None = None,
+    edited_onnx: Path | None = None,
+    stimuli: Sequence[Path] = (),
+    policy: Policy = BUILT_IN,
+    task: str | None = None,
+    seed: int = DEFAULT_SEED,
+    limits: Limits | None = None,
+    progress: Progress = silent,
+) -> Repros:
+    """A bundle for each fault of the conversions, in a folder of the new folder `output` each;
+    none where the verdict is not fail.
+
+    Takes what `diff` takes, and raises what that does.
+    """
+    given, bounds = _Given(model, onnx, edited, edited_onnx), limits or Limits()
+    with _prepared(given, stimuli, policy, task, seed, progress) as (pairs, asked, scratch):
+        evidence = measure(pairs, asked.task, asked.workload, bounds, progress)
+        lineages = _lineages(pairs, progress)
+        evidence = replace(evidence, faults=(*stale_tensors(lineages), *evidence.faults))
+        verdict, found = judge(evidence, policy), dict[str, Localization]()
+        if verdict.verdict == FAIL:
+            found = _localized(pairs, lineages, asked, evidence, bounds, progress)
+        conversions = {
+            edge: Conversion(
+                edge, pair, asked.task, asked.workload, lineages[edge], found.get(edge)
+            )
+            for edge, pair in pairs.items()
+        }
+        sources = tuple(path for path in (model, edited) if path)
+        with Staging(output, sources) as staging:
+            return write_bundles(conversions, verdict, staging, scratch, bounds, progress)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ class Issue:
 
 STAGES = {
     "load": Stage.LOAD,
+    "capture": Stage.LOAD,
     "run": Stage.RUNTIME,
     "kernel": Stage.RUNTIME,
     "interface": Stage.EXPORT,
