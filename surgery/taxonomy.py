@@ -69,11 +69,13 @@ class Issue:
 
 STAGES = {
     "load": Stage.LOAD,
+    "capture": Stage.LOAD,
     "run": Stage.RUNTIME,
     "kernel": Stage.RUNTIME,
     "interface": Stage.EXPORT,
     "lineage": Stage.EXPORT,
     "embedding": Stage.NODES,
+    "capture": Stage.EXPORT,
     "translate": Stage.NODES,
     "optimise": Stage.OPTIMISATION,
     "conversion": Stage.VALIDATION,
