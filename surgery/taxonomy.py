@@ -95,7 +95,8 @@ _UNCHECKED = (
 )  # fmt: skip
 _WRONG = (
     "nan", "wrong value", "shape", "dtype", "missing output", "extra output", "introduced error",
-    "not found", "the edit was lost", "half lost", "applied twice", "the edit was changed", "drift", "too little change",
+    "not found", "the edit was lost", "half lost", "applied twice",
+    "the edit was changed", "drift", "too little change",
     "too much change", "stale tensor", "swapped", "wrong tensor", "transposed", "scaled",
     "truncated", "rounded", "shifted", "element", "row", "column", "quantised", "missing tensor",
     "false claim", "extra file", "missing file", "changed file", "changed input", "changed header",
