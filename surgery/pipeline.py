@@ -143,7 +143,7 @@ def repro(
     with _prepared(given, stimuli, policy, task, seed, progress) as (pairs, asked, scratch):
         evidence = measure(pairs, asked.task, asked.workload, bounds, progress)
         lineages = _lineages(pairs, progress)
-        evidence = replace(evidence, faults=(*stale_tensors(lineages), *evidence.faults))
+        evidence = replace(evidence, faults=(*stale_tensors(lineages, pairs), *evidence.faults))
         verdict, found = judge(evidence, policy), dict[str, Localization]()
         if verdict.verdict == FAIL:
             found = _localized(pairs, lineages, asked, evidence, bounds, progress)

@@ -16,6 +16,7 @@ import surgery
 from surgery.evidence import Finding
 from surgery.export.lineage import diagnosis
 from surgery.gate import IMPOSSIBLE, RHO_NAMES
+from surgery.localize.edit import CHANGED
 from surgery.taxonomy import (
     STAGES,
     SYMPTOMS,
@@ -35,6 +36,7 @@ SPOKEN = {
     "outcome.status": {"crash", "timeout", "error"},
     "_symptom(bad)": {"nan", IMPOSSIBLE},
     "_symptom({name: drifted})": {"nan", IMPOSSIBLE},
+    "named": {*RHO_NAMES.values(), CHANGED, "wrong value"},
     "name or 'wrong value'": {*RHO_NAMES.values(), "wrong value"},
     "kind": {"introduced error"},
     "stage": {"conversion", "interaction", "preserve", "target"},
