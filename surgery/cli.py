@@ -514,6 +514,31 @@ def localize(timeout: float, json: bool, **options: Any) -> None:
     sys.exit(0 if all(own.clean for own in found.values()) else 1)
 
 
+@cli.command()
+@pair_options
+@output_option
+@stimuli_option
+@task_option
+@seed_option
+@timeout_option
+@json_option
+def repro(output: Path, timeout: float, json: bool, **options: Any) -> None:
+    """Write a bundle for each fault that shows it by itself; exit 1 where there is one.
+
+    Example: surgery repro --model model/ --onnx model.onnx --output bundles/
+    """
+    from surgery.api import repro as run
+    from surgery.console import stages
+    from surgery.differential import Limits
+    from surgery.gate import EXIT_CODES
+    from surgery.repro import text
+
+    with stages() as progress:
+        found = run(output=output, limits=Limits(timeout), progress=progress, **options)
+    echo_json(found.to_json()) if json else click.echo(text(found, output))
+    sys.exit(EXIT_CODES[found.verdict])
+
+
 def terminal_text(report: Any, brief: bool = False) -> str:
     """A report for stdout, as wide as the terminal and with colours if that is wanted."""
     from surgery.report.text import Text, wanted_width, wants_color
