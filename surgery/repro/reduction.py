@@ -185,11 +185,10 @@ class Reduction:
         return renamed(part, names)
 
     def _finished(self, case: Case) -> Case:
-        """Without inputs that nobody reads, and with the types of outputs."""
+        """Without inputs that nobody reads, and with what is left declared."""
         read = {port.name for model in case.models() for port in model.graph.input}
         for model in case.models():
-            found = outputs(model, case.inputs)
-            typed(model, {name: array.dtype for name, array in found.items()})
+            typed(model, {**case.inputs, **outputs(model, case.inputs)})
         inputs = {name: array for name, array in sorted(case.inputs.items()) if name in read}
         return replace(case, inputs=inputs)
 
