@@ -8,6 +8,7 @@ from typing import Any
 
 from surgery.errors import quote
 from surgery.evidence import Finding
+from surgery.localize.edit import EditTrace
 from surgery.localize.referees import Ruling
 from surgery.localize.trial import Operator
 
@@ -89,7 +90,8 @@ class Localization:
     """Every boundary in the order the graph computes them, and what brings errors in.
 
     `left_out`: boundaries that could not be compared, for their shape; `note`: why nothing more
-    can be said, where that is so.
+    can be said, where that is so; `edit`: of an edited model, what becomes of the edit in each
+    module, where that was asked for.
     """
 
     rows: tuple[Row, ...]
@@ -97,12 +99,15 @@ class Localization:
     batch: str
     left_out: tuple[str, ...] = ()
     note: str = ""
+    edit: EditTrace | None = None
 
     @property
     def clean(self) -> bool:
-        """Whether something was compared and no boundary is off by more than the limit."""
+        """Whether something was compared, no boundary is off by more than the limit and no module
+        does with the edit what PyTorch does not."""
         right = all(row.error <= LIMIT for row in self.rows)
-        return bool(self.rows) and right and not self.faults and not self.note
+        survived = self.edit is None or self.edit.clean
+        return bool(self.rows) and right and survived and not self.faults and not self.note
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -38,7 +38,7 @@ class Search:
         named = [(row.name, row.tensors) for row in lineage.rows]
         self._owners: dict[str, Role] = owners_of(named, arch)
         self._boundaries = find_boundaries(model.graph, self._owners, arch)
-        self._output = output_of(runs.task.output, _output_value(model, runs.task.output))
+        self._output = output_of(runs.task.output, output_value(model, runs.task.output))
 
     def run(self) -> Localization:
         self._progress("PyTorch at every boundary")
@@ -229,7 +229,7 @@ def _cause(boundary: Boundary, fault: Fault) -> tuple[Any, ...]:
     return fault.stage, boundary.role, boundary.side, *kind
 
 
-def _output_value(model: Any, output: str) -> str:
+def output_value(model: Any, output: str) -> str:
     """What a ModelProto calls the task's output: by name, else the first of rank 3, which is
     what a run takes for it."""
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in model.graph.output}
