@@ -14,8 +14,11 @@ from differential import mutants
 from differential.lab import Lab, finding, found, measured
 from models import FAMILIES
 
+from surgery.differential import Pair
 from surgery.export import default_task
+from surgery.export.lineage import trace
 from surgery.gate import RHO_NAMES
+from surgery.localize.edits import EditShares
 from surgery.report import Report
 
 Plant = Callable[..., Path]
@@ -95,6 +98,23 @@ def test_an_edit_applied_half_or_twice_is_named(
     assert ("lineage" in {stage for stage, _ in found(report)}) is not hidden
     if not hidden:
         assert_told(report, RHO_NAMES[rho])
+
+
+@pytest.mark.parametrize("times", [0.0, 0.3, 2.0, -1.0])
+def test_the_share_of_an_edit_is_measured_in_each_tensor(
+    lab: Lab, plant: Plant, times: float
+) -> None:
+    case = lab.case("bert")
+    first, *others = edited_names(case)
+    path = plant(case.edited_onnx, partial(apply_times, case=case, times=times, names=[first]))
+    original, edited = Pair(case.model, case.onnx), Pair(case.edited, path)
+    shares = EditShares(original, edited, trace(path, case.edited))
+    held = {t.name.removesuffix(".T"): t.name for t in onnx.load(str(path)).graph.initializer}
+    assert shares.share(held[first]) == pytest.approx(times, abs=1e-5)
+    assert [shares.share(held[name]) for name in others] == [pytest.approx(1.0)] * len(others)
+    changed = plant(path, partial(mutants.change, name=first, how=np.flip))
+    damaged = EditShares(original, Pair(case.edited, changed), trace(changed, case.edited))
+    assert damaged.share(held[first]) is None
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
