@@ -17,7 +17,6 @@ from surgery.evidence import (
     Effect,
     Finding,
     SiteInteraction,
-    StimulusInteraction,
 )
 from surgery.report.model import Report
 from surgery.syntax import printable
