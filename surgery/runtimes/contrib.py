@@ -394,9 +394,9 @@ class GroupQueryAttention(_Contrib):
         if held and past_key is not None and past_value is not None:
             k, v = np.concatenate([past_key, k], 2), np.concatenate([past_value, v], 2)
         groups = num_heads // kv_num_heads
-        wide = (np.repeat(x, groups, axis=1) for x in (k, v))
+        keys, values = (np.repeat(x, groups, axis=1) for x in (k, v))
         added = _causal(length, k.shape[2], -np.inf)
-        return self._given(_join(_attend(q, *wide, scale, added)), k, v)
+        return self._given(_join(_attend(q, keys, values, scale, added)), k, v)
 
 
 def _set(value: Any) -> bool:

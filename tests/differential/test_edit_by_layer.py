@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from corners import Case
@@ -38,6 +39,12 @@ def site_of(case: Case, tensor: str) -> tuple[str, int | None]:
     roles = identify(Checkpoint.open(case.edited)).roles
     role = next(role for name, role in roles.items() if name.endswith(tensor))
     return f"{role.role}.{role.layer}", role.layer
+
+
+def hidden(case: Case, name: str, times: float) -> tuple[Any, Any]:
+    """One tensor's edit `times` over, where lineage cannot see it."""
+    change = partial(apply_times, case=case, times=times, names=[name])
+    return change, partial(hide, names=[name])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
