@@ -78,6 +78,13 @@ timeout_option = click.option(
 )
 
 
+budget_option = click.option(
+    "--budget",
+    type=Seconds(min=0, min_open=True),
+    help="Seconds for all corners together; what is left goes to further probes.",
+)
+
+
 def pair_options(command: Any) -> Any:
     """What a differential run compares: a model and its ONNX file, and the edited ones."""
     for option in (
@@ -342,6 +349,8 @@ def lineage(model: Path, onnx: Path, json: bool) -> None:
 @task_option
 @seed_option
 @timeout_option
+@budget_option
+@click.option("--batch", metavar="NAME", help="Run this batch of a report again, alone.")
 @click.option("--report", type=PATH, required=True, metavar="FILE", help="Where to write JSON.")
 def diff(report: Path, policy: Path | None, timeout: float, **options: Any) -> None:
     """Test a conversion, or with --edited all four corners.
@@ -372,6 +381,7 @@ def diff(report: Path, policy: Path | None, timeout: float, **options: Any) -> N
 @task_option
 @seed_option
 @timeout_option
+@budget_option
 def validate(recipe: Path, output: Path, timeout: float, **options: Any) -> None:
     """Apply, export, test the four corners, report and judge.
 
@@ -443,6 +453,25 @@ def schema(kind: str) -> None:
     from surgery.api import schema as run
 
     echo_json(run(kind))
+
+
+@cli.command()
+@json_option
+def doctor(json: bool) -> None:
+    """Look at versions, CPU, memory, disk and file systems: exit 1 if one will not do.
+
+    Example: surgery doctor
+    """
+    from dataclasses import asdict
+
+    from surgery.console import doctor_text
+    from surgery.doctor import examine
+
+    found = examine()
+    # Not `echo_json`, which needs a package that may be missing.
+    told = dumps({"ok": found.ok, **asdict(found)}, indent=2) if json else doctor_text(found)
+    click.echo(told)
+    sys.exit(0 if found.ok else 1)
 
 
 @cli.command()

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from surgery.arch.inspection import Inspection
     from surgery.checkpoint.resize import Side
     from surgery.compare import Comparison
+    from surgery.doctor import Diagnosis
     from surgery.export import ExportResult
     from surgery.export.cache import Entry
     from surgery.export.lineage import Lineage
     from surgery.localize import Localization
     from surgery.localize import Row as BoundaryRow
+    from surgery.localize.edit import EditTrace
     from surgery.localize.referees import Ruling
     from surgery.plan import Plan
 
@@ -107,6 +109,14 @@ def cache_text(found: list[Entry]) -> str:
     return "\n".join([*([table(header, rows)] if rows else []), total])
 
 
+def doctor_text(found: Diagnosis) -> str:
+    """What the doctor found, for people: every row, and how many are not well."""
+    rows = [(row.status, row.name, row.found, row.remedy) for row in found.rows]
+    bad = sum(row.status == "fail" for row in found.rows)
+    said = f"{count(bad, 'failure')}" if bad else "ok"
+    return "\n".join([table(("", "what", "found", "way out"), rows), said])
+
+
 def localization_text(edge: str, found: Localization) -> str:
     """A localisation for people: errors at every boundary, then what brings them in."""
     rows = [
@@ -121,7 +131,19 @@ def localization_text(edge: str, found: Localization) -> str:
         lines.append("no module brings an error in" if found.clean else f"not found: {found.note}")
     for fault in found.faults:
         lines += [one_line(str(fault)), *map(_ruled, fault.referees)]
+    if found.edit is not None:
+        lines += ["", *_edit_lines(found.edit)]
     return "\n".join(lines)
+
+
+def _edit_lines(found: EditTrace) -> Iterator[str]:
+    """The interaction where it says something: the residual stream, and where the edit acts."""
+    from surgery.report.tables import sites_table
+
+    shown = sites_table(found.rows)
+    if shown.rows:
+        yield table(shown.headers, shown.rows)
+    yield one_line(str(found))
 
 
 def _ruled(ruling: Ruling) -> str:

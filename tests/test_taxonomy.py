@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import importlib
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,7 @@ import surgery
 from surgery.evidence import Finding
 from surgery.export.lineage import diagnosis
 from surgery.gate import IMPOSSIBLE, RHO_NAMES
-from surgery.gate_behaviour import UNCERTAIN
-from surgery.localize.result import _MEANING as MEANING
+from surgery.localize.edit import CHANGED
 from surgery.taxonomy import (
     STAGES,
     SYMPTOMS,
@@ -30,14 +29,14 @@ from surgery.taxonomy import (
 )
 
 SPOKEN = {
-    "fault.stage": {*MEANING, "interface", "run"},
+    "fault.stage": {"capture", "translate", "optimise", "kernel", "interface", "run"},
     "_stage(drift.stimulus_set)": {"preserve", "target"},
     "fault.symptom": set(diagnosis.SYMPTOMS),
     "corner.status": {"crash", "timeout", "error"},
     "outcome.status": {"crash", "timeout", "error"},
     "_symptom(bad)": {"nan", IMPOSSIBLE},
     "_symptom({name: drifted})": {"nan", IMPOSSIBLE},
-    "UNCERTAIN": {UNCERTAIN},
+    "named": {*RHO_NAMES.values(), CHANGED, "wrong value"},
     "name or 'wrong value'": {*RHO_NAMES.values(), "wrong value"},
     "kind": {"introduced error"},
     "stage": {"conversion", "interaction", "preserve", "target"},
@@ -48,24 +47,22 @@ SPOKEN = {
 
 def words(place: int) -> Iterator[str]:
     """The words that the code gives findings as stage (0) or symptom (1)."""
-    package = Path(surgery.__file__).parent
-    for file in package.rglob("*.py"):
-        module = ".".join(file.relative_to(package.parent).with_suffix("").parts)
+    for file in Path(surgery.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "Finding":
                 given = node.args[place]
-                if isinstance(given, ast.Constant):
-                    yield given.value
-                else:
-                    yield from _said(ast.unparse(given), module)
+                yield from _meant(given, file)
 
 
-def _said(expression: str, module: str) -> Iterator[str]:
-    """What an expression stands for: a constant of its module, or what `SPOKEN` says."""
-    if expression.isupper():
-        yield getattr(import_module(module), expression)
-    else:
-        yield from SPOKEN[expression]
+def _meant(given: ast.expr, file: Path) -> Iterable[str]:
+    """The words that an expression in a file can be."""
+    if isinstance(given, ast.Constant):
+        return [str(given.value)]
+    spoken = ast.unparse(given)
+    if spoken.isupper():
+        parts = file.relative_to(Path(surgery.__file__).parents[1]).with_suffix("").parts
+        return [getattr(importlib.import_module(".".join(parts)), spoken)]
+    return SPOKEN[spoken]
 
 
 def test_every_word_the_code_can_say_has_a_class() -> None:

@@ -32,6 +32,8 @@ from surgery.evidence import (
     Interaction,
     Interval,
     Parting,
+    SiteInteraction,
+    StimulusInteraction,
 )
 from surgery.gate import Verdict, judge
 from surgery.policy import Policy
@@ -133,6 +135,8 @@ class Report(BaseModel):
     divergence: tuple[Annotated[Divergence, _Row()], ...] = ()
     partings: tuple[Annotated[Parting, _Row()], ...] = ()
     intervals: tuple[Annotated[Interval, _Row()], ...] = ()
+    stimuli: tuple[Annotated[StimulusInteraction, _Row()], ...] = ()
+    sites: tuple[Annotated[SiteInteraction, _Row()], ...] = ()
     faults: tuple[Annotated[Finding, _Row()], ...]
     findings: tuple[Annotated[Finding, _Row()], ...]
     issues: tuple[Annotated[Issue, _Row()], ...]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from surgery.localize.operators import CLOSENESS
 from surgery.localize.segments import same
+from surgery.localize.trial import CLOSENESS
 from surgery.repro.healing import nearest
 from surgery.repro.parts import renamed, typed
 from surgery.repro.runs import every_value, outputs, problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,20 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     runtime = _load(job["model"], job["threads"])
     scratch = Path(job["scratch"])
     output = job["output"] or find_task(runtime.model.task).output
-    batches = [_run_batch(runtime, scratch, number, output) for number in range(job["batches"])]
+    first, started = job["first"], time.monotonic()
+    numbers = range(first, first + job["batches"])
+    batches = [_run_batch(runtime, scratch, number, output) for number in numbers]
+    busy = time.monotonic() - started
     # Without its output a model cannot be continued; the batches say so already.
     able = not any(batch["problem"] for batch in batches)
     generations = [_generate(runtime, request, able) for request in job["generations"]]
     problem = _embed(runtime, scratch / "embedding.npy", job)
-    return {"batches": batches, "generations": generations, "embedding_problem": problem}
+    return {
+        "batches": batches,
+        "generations": generations,
+        "embedding_problem": problem,
+        "busy": busy,
+    }
 
 
 def _load(fields: dict[str, Any], threads: int) -> Runtime:
