@@ -217,9 +217,10 @@ class Parting:
 class Interval:
     """What `confidence` leaves open about one number of a pair on one stimulus set.
 
-    `quantity`: `kl`, `log_ratio`, `flip_rate` or `real_flip_rate` of `Divergence`, `parted_rate`
-    of `Parting`, or the metric of an `Effect`, whose change in `"T"` or `"R"` it is. `count` texts
-    (of `flip_rate` and `real_flip_rate` positions) were measured; low <= estimate <= high.
+    `quantity`: `kl`, its `kl_median` and `kl_99%`, `log_ratio`, `flip_rate` or `real_flip_rate` of
+    `Divergence`, `parted_rate` of `Parting`, or the metric of an `Effect`, whose change in `"T"` or
+    `"R"` it is. `count` texts (of `flip_rate` and `real_flip_rate` positions) were measured;
+    low <= estimate <= high.
     """
 
     quantity: str
