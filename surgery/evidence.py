@@ -25,7 +25,8 @@ class Finding:
     """One thing that is wrong.
 
     stage: where in the chain (`load`, `run`, `interface`, `embedding`, `lineage`, `conversion`,
-    `interaction`, `preserve`, `target`, `coverage`); symptom: what kind (`crash`, `timeout`,
+    `interaction`, `preserve`, `target`, `coverage`; of a localisation `capture`, `translate`,
+    `optimise`, `kernel`, `localize`); symptom: what kind (`crash`, `timeout`,
     `nan`, `missing output`, `shape`, `dtype`, `wrong value`, `stale tensor`, ...); site: which
     corner, tensor, output or batch; value and limit: the number found and the one allowed;
     operator: the kind of the operator at fault and how it differs, where that was found.
