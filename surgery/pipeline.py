@@ -53,6 +53,7 @@ def diff(
     policy: Policy = BUILT_IN,
     task: str | None = None,
     seed: int = DEFAULT_SEED,
+    aa: bool = False,
     limits: Limits | None = None,
     progress: Progress = silent,
     root: Path | None = None,
@@ -60,13 +61,15 @@ def diff(
     """The differential test of checkpoint `model` and, where given, of `edited`.
 
     An ONNX file that is not given is exported to a temporary folder; one that has a key-value
-    cache is judged with it. The report names files inside `root` relative to it. Raises
-    `InputError` for anything given that cannot be used; whatever a corner does is in the report.
+    cache is judged with it. With `aa` each corner is also run against itself. The report names
+    files inside `root` relative to it. Raises `InputError` for anything given that cannot be used;
+    whatever a corner does is in the report.
     """
     given = _Given(model, onnx, edited, edited_onnx)
     with _prepared(given, stimuli, policy, task, seed, progress) as (pairs, asked, scratch):
         bounds = limits or Limits()
-        return _report(pairs, asked, stimuli, policy, bounds, progress, root or scratch)
+        wanted = replace(asked, aa=aa)
+        return _report(pairs, wanted, stimuli, policy, bounds, progress, root or scratch)
 
 
 def localize(
@@ -216,6 +219,7 @@ class _Asked:
 
     task: Task
     workload: Workload
+    aa: bool = False
 
 
 def _ask(
@@ -235,7 +239,7 @@ def _report(
     progress: Progress,
     root: Path | None = None,
 ) -> Report:
-    evidence = measure(pairs, asked.task, asked.workload, limits, progress)
+    evidence = measure(pairs, asked.task, asked.workload, limits, progress, asked.aa)
     lineages = _lineages(pairs, progress)
     evidence = replace(evidence, faults=(*stale_tensors(lineages), *evidence.faults))
     verdict = judge(evidence, policy)

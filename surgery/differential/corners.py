@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from surgery.differential.workload import Workload
 from surgery.evidence import EDGES
 from surgery.export.tasks import Task
 from surgery.runtimes.child import Job, Limits, Outcome, run
-from surgery.runtimes.interface import ModelRef
+from surgery.runtimes.interface import FLOAT32, ModelRef
 
 Progress = Callable[[str], None]
 """Called with what is about to run."""
@@ -35,10 +35,19 @@ class Pair:
 
 @dataclass(frozen=True)
 class Ran:
-    """The outcome of every corner, and of the float64 reference of every PyTorch corner."""
+    """The outcome of every corner, and of the float64 reference of every PyTorch corner.
+
+    narrow: of PyTorch in the type its graph computes in, where that is not float32.
+    """
 
     corners: Mapping[str, Outcome]
     references: Mapping[str, Outcome]
+    narrow: Mapping[str, Outcome] = field(default_factory=dict)
+
+    def dtype(self, torch_corner: str) -> str:
+        """What the graph of a PyTorch corner's conversion computes in."""
+        onnx = self.corners.get(torch_corner.replace("T", "R"))
+        return onnx.compute if onnx is not None else FLOAT32
 
 
 def run_corners(
@@ -55,15 +64,25 @@ def run_corners(
     """
     corners: dict[str, Outcome] = {}
     references: dict[str, Outcome] = {}
-    for name, model in _models(pairs, task):
-        reference = model.dtype == "float64"
-        progress(f"{name} in float64" if reference else name)
+    narrow: dict[str, Outcome] = {}
+
+    def run_one(name: str, model: ModelRef) -> Outcome:
+        own = model.dtype == FLOAT32
+        progress(name if own else f"{name} in {model.dtype}")
         folder = scratch / f"{name}-{model.dtype}"
         folder.mkdir()
-        outcome = run(_job(model, workload, folder, reference), limits)
+        outcome = run(_job(model, workload, folder, not own), limits)
         outcome.raise_bad_input()
-        (references if reference else corners)[name] = outcome
-    return Ran(corners, references)
+        return outcome
+
+    for name, model in _models(pairs, task):
+        (references if model.dtype == "float64" else corners)[name] = run_one(name, model)
+    ran = Ran(corners, references, narrow)
+    for edge, pair in pairs.items():
+        name = EDGES[edge][0]
+        if ran.dtype(name) != FLOAT32:
+            narrow[name] = run_one(name, ModelRef("torch", pair.model, task.name, ran.dtype(name)))
+    return ran
 
 
 def _models(pairs: Mapping[str, Pair], task: Task) -> Iterator[tuple[str, ModelRef]]:

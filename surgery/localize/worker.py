@@ -83,7 +83,8 @@ def _onnx(job: dict[str, Any], inputs: Arrays) -> Arrays:
     with np.load(job["given"], allow_pickle=False) as archive:
         given = {FORCED + name: archive[name] for name in archive.files}
     shown = observed(model, job["values"], [name.removeprefix(FORCED) for name in given])
-    session = open_session(shown.SerializeToString(), folder, job["threads"], job["optimised"])
+    level = "all" if job["optimised"] else "none"
+    session = open_session(shown.SerializeToString(), folder, job["threads"], level)
     types = {port.name: port.type for port in session.get_inputs()}
     fed = graph.feed(signature.ports, signature.roles, inputs)
     fed |= {name: array.astype(_NUMPY[types[name]]) for name, array in given.items()}

@@ -11,16 +11,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from surgery.evidence import CORNERS, EDGES, Effect
+from surgery.report.cells import number, signed
 from surgery.report.model import Report
-from surgery.report.tables import (
-    HEADLINES,
-    change,
-    headline,
-    number,
-    signed,
-    subline,
-    tables,
-)
+from surgery.report.tables import HEADLINES, change, headline, subline, tables
 from surgery.syntax import printable
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")

@@ -8,49 +8,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from surgery.evidence import CORNERS, Conversion, Effect, Finding
+from surgery.report.cells import ABSENT, Table, number, signed
+from surgery.report.cells import make_table as _table
 from surgery.report.model import Report
-from surgery.syntax import printable
+from surgery.report.noise_tables import noise_tables
 
-ABSENT = "–"
 RUNTIMES = {"T": "PyTorch", "R": "ONNX Runtime"}
 HEADLINES = {"pass": "PASS", "fail": "FAIL", "not_evaluated": "NOT EVALUATED"}
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells; `numeric` holds the columns to align right.
-
-    Where there is no room, `spare` headers go first, in this order; `names` headers are over cells
-    that are never broken within a word.
-    """
-
-    title: str
-    headers: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    numeric: frozenset[int] = frozenset()
-    spare: tuple[str, ...] = ()
-    names: frozenset[str] = frozenset()
-
-
-def number(value: float | None) -> str:
-    """Three digits, or the whole part in full; `–` for what was not measured."""
-    if value is None:
-        return ABSENT
-    if not abs(value) < math.inf:
-        return "NaN" if math.isnan(value) else "∞" if value > 0 else "−∞"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if 1e3 <= abs(value) < 1e9:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
-
-
-def signed(value: float) -> str:
-    return ("+" if value > 0 else "") + number(value)
 
 
 def headline(report: Report) -> str:
@@ -80,6 +47,7 @@ def tables(report: Report) -> list[Table]:
         _drift(report),
         _conversion(report.conversion),
         _worst(report.conversion),
+        *noise_tables(report.shapes, report.tolerances, report.repeats),
         _interaction(report),
         _corners(report),
         _policy(report),
@@ -87,18 +55,6 @@ def tables(report: Report) -> list[Table]:
         _table("Environment", ("name", "value"), report.environment.items()),
     )
     return [table for table in made if table.rows]
-
-
-def _table(
-    title: str,
-    headers: tuple[str, ...],
-    rows: Iterable[Iterable[str]],
-    *numeric: int,
-    spare: tuple[str, ...] = (),
-    names: tuple[str, ...] = (),
-) -> Table:
-    shown = tuple(tuple(printable(cell, 600) for cell in row) for row in rows)
-    return Table(title, headers, shown, frozenset(numeric), spare, frozenset(names))
 
 
 def _findings(findings: Iterable[Finding]) -> Table:
@@ -235,7 +191,7 @@ def mebibytes(count: int) -> float:
 def _policy(report: Report) -> Table:
     policy = report.policy
     rows = [
-        (f"{section}.{name}", number(value))
+        (f"{section}.{name}", value if isinstance(value, str) else number(value))
         for section in ("conversion", "interaction", "preserve")
         for name, value in getattr(policy, section).model_dump().items()
     ]

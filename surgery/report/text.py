@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
+from surgery.report.cells import Table
 from surgery.report.model import Report
-from surgery.report.tables import Table, headline, subline, tables
+from surgery.report.tables import headline, subline, tables
 
 BACKGROUND = ("Corners", "Policy", "Inputs", "Environment")
 NARROW, WIDE, WIDTH = 80, 160, 120

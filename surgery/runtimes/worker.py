@@ -29,18 +29,18 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     able = not any(batch["problem"] for batch in batches)
     generations = [_generate(runtime, request, able) for request in job["generations"]]
     problem = _embed(runtime, scratch / "embedding.npy", job)
-    return {"batches": batches, "generations": generations, "embedding_problem": problem}
+    return {
+        "batches": batches,
+        "generations": generations,
+        "embedding_problem": problem,
+        "compute": runtime.compute,
+    }
 
 
 def _load(fields: dict[str, Any], threads: int) -> Runtime:
     folder = fields["initializers"]
-    model = ModelRef(
-        fields["runtime"],
-        Path(fields["path"]),
-        fields["task"],
-        fields["dtype"],
-        Path(folder) if folder else None,
-    )
+    paths = {"path": Path(fields["path"]), "initializers": Path(folder) if folder else None}
+    model = ModelRef(**{**fields, **paths})
     return RUNTIMES[model.runtime](model, threads)
 
 
