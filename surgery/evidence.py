@@ -18,9 +18,10 @@ class Finding:
     """One thing that is wrong.
 
     stage: where in the chain (`load`, `run`, `interface`, `embedding`, `lineage`, `conversion`,
-    `interaction`, `preserve`, `target`, `coverage`); symptom: what kind (`crash`, `timeout`,
-    `nan`, `missing output`, `shape`, `dtype`, `wrong value`, `stale tensor`, ...); site: which
-    corner, tensor, output or batch; value and limit: the number found and the one allowed.
+    `tolerance`, `interaction`, `preserve`, `target`, `coverage`); symptom: what kind (`crash`,
+    `timeout`, `nan`, `missing output`, `shape`, `dtype`, `wrong value`, `stale tensor`, ...);
+    site: which corner, tensor, output or batch; value and limit: the number found and the one
+    allowed.
     """
 
     stage: str

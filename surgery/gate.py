@@ -32,7 +32,7 @@ from typing import Any
 
 from surgery.evidence import CORNERS, EDGES, Conversion, Drift, Effect, Evidence, Finding
 from surgery.evidence import Interaction as Measured
-from surgery.noise_rules import judge_noise
+from surgery.noise_rules import judge_noise, noise_dtype
 from surgery.policy import Policy, TargetRule
 
 PASS, FAIL, NOT_EVALUATED = "pass", "fail", "not_evaluated"
@@ -79,17 +79,8 @@ def judge(evidence: Evidence, policy: Policy) -> Verdict:
     if not broken and not evidence.compared > 0:
         return Verdict(NOT_EVALUATED, (_nothing_compared(evidence),))
     rules: tuple[Callable[[Evidence, Policy], Iterator[Finding]], ...]
-    rules = (
-        _coverage,
-        _places,
-        _runs,
-        _conversion,
-        judge_noise,
-        _interaction,
-        _numbers,
-        _preserve,
-        _target,
-    )
+    rules = (_coverage, _places, _runs, _conversion, judge_noise)
+    rules = (*rules, _interaction, _numbers, _preserve, _target)
     found = [finding for rule in rules for finding in rule(evidence, policy)]
     findings = (*broken, *found)
     return Verdict(FAIL if findings else PASS, findings)
@@ -256,19 +247,13 @@ def _worst(row: Conversion) -> float:
 
 
 def _wrong_value(row: Conversion, evidence: Evidence, limit: float) -> Finding:
-    ratio = _worst(row)
+    ratio, dtype = _worst(row), noise_dtype(row.edge, row.output, evidence)
     message = (
-        f"{row.output} is {ratio:.3g} times {_dtype(row, evidence)} noise away on {row.edge}, "
+        f"{row.output} is {ratio:.3g} times {dtype} noise away on {row.edge}, "
         f"worst at {row.worst}; {_blame(row, evidence, limit)}"
     )
     site = f"{row.edge}/{row.output}/{row.worst}"
     return Finding("conversion", "wrong value", site, message, ratio, limit)
-
-
-def _dtype(row: Conversion, evidence: Evidence) -> str:
-    """What the graph computes in, and so what noise `row` is held to."""
-    same = (s for s in evidence.shapes if (s.edge, s.output) == (row.edge, row.output))
-    return next((shape.dtype for shape in same), "float32")
 
 
 def _blame(row: Conversion, evidence: Evidence, limit: float) -> str:

@@ -23,6 +23,7 @@ from surgery.policy import ConversionPolicy, Policy
 from surgery.presets import PRESETS
 
 IMPOSSIBLE = "impossible"
+WRONG_SHAPE = "wrong distribution"
 
 SIGNED = ("noise_mean", "error_mean")
 ENDLESS = ("rtol", "atol", "both", "sigma_ratio")
@@ -45,6 +46,12 @@ def judge_noise(evidence: Evidence, policy: Policy) -> Iterator[Finding]:
         yield from _tolerance(tolerance, policy.conversion.preset)
     for repeat in evidence.repeats:
         yield from _repeat(repeat, policy.conversion.max_noise_ratio)
+
+
+def noise_dtype(edge: str, output: str, evidence: Evidence) -> str:
+    """What the edge's graph computes in, and so what noise its output is held to."""
+    same = (row for row in evidence.shapes if (row.edge, row.output) == (edge, output))
+    return next((row.dtype for row in same), "float32")
 
 
 def _unmeasured(evidence: Evidence) -> Iterator[Finding]:
@@ -96,7 +103,7 @@ def _shape(row: ErrorShape, limits: ConversionPolicy) -> Iterator[Finding]:
             f"{row.sigma_ratio:.3g} times the noise's, expected {limits.max_sigma_ratio:g} at "
             f"most, its mean is {row.error_mean:+.3g} times the noise"
         )
-        yield Finding("conversion", "wrong distribution", site, message, row.overlap, least)
+        yield Finding("conversion", WRONG_SHAPE, site, message, row.overlap, least)
 
 
 # ----------------------------------------------------------------------------------- tolerance
@@ -119,7 +126,7 @@ def _tolerance(row: Tolerance, preset: str | None) -> Iterator[Finding]:
             f"{count} of {row.elements} elements of {row.output} lie beyond the tolerance of "
             f"{preset} (rtol {known.rtol:g}, atol {known.atol:g}) on {row.edge}"
         )
-        yield Finding("conversion", "beyond a fixed tolerance", site, message, float(count), 0.0)
+        yield Finding("tolerance", "beyond a fixed tolerance", site, message, float(count), 0.0)
 
 
 # ------------------------------------------------------------------------------------- A/A runs

@@ -15,7 +15,7 @@ from surgery.checkpoint import Checkpoint, Staging
 from surgery.checkpoint.files import sha256_file
 from surgery.differential import DEFAULT_SEED, Limits, Pair, Workload, make_workload, measure
 from surgery.errors import InputError, NothingCompared
-from surgery.evidence import EDGES, Evidence
+from surgery.evidence import EDGES, Evidence, Finding
 from surgery.export import CACHED, Task, choose_task, export, export_graph, onnxfile
 from surgery.export.layouts.linked import links
 from surgery.export.lineage import Lineage, trace
@@ -23,6 +23,7 @@ from surgery.gate import judge
 from surgery.localize import LIMIT, Localization
 from surgery.localize import localize as find
 from surgery.localize.weights import stale_tensors
+from surgery.noise_rules import WRONG_SHAPE
 from surgery.policy import BUILT_IN, Policy
 from surgery.process import one_line
 from surgery.record import environment
@@ -243,7 +244,7 @@ def _report(
     lineages = _lineages(pairs, progress)
     evidence = replace(evidence, faults=(*stale_tensors(lineages), *evidence.faults))
     verdict = judge(evidence, policy)
-    if any(finding.stage == "conversion" for finding in verdict.findings):
+    if any(_can_be_localised(finding) for finding in verdict.findings):
         found = _localized(pairs, lineages, asked, evidence, limits, progress)
         extra = [f for edge, own in found.items() for f in own.findings(EDGES[edge][1])]
         evidence = replace(evidence, faults=(*extra, *evidence.faults))
@@ -255,6 +256,11 @@ def _report(
         "workload": {"task": asked.task.name, **asked.workload.describe()},
     }
     return Report.build(evidence, verdict, policy, _environment(), inputs)
+
+
+def _can_be_localised(finding: Finding) -> bool:
+    """Errors of a size that noise is not; one told by its distribution alone is within it."""
+    return finding.stage == "conversion" and finding.symptom != WRONG_SHAPE
 
 
 def _lineages(pairs: Mapping[str, Pair], progress: Progress) -> dict[str, Lineage]:

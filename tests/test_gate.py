@@ -277,7 +277,7 @@ FAILING: dict[str, tuple[dict[str, Any], Policy, str, str, str]] = {
     "beyond the preset": (
         {},
         Policy.model_validate({"schema": 1, "conversion": {"preset": "optimum"}}),
-        "conversion",
+        "tolerance",
         "beyond a fixed tolerance",
         "C_o/logits",
     ),

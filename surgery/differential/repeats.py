@@ -22,7 +22,7 @@ from surgery.evidence import EDGES, Finding, Repeat
 from surgery.export.tasks import Task
 from surgery.metrics.distance import UNITS, Spread
 from surgery.metrics.ratio import divide
-from surgery.metrics.shape import Distribution, in_units
+from surgery.metrics.shape import Distribution, in_units, position_scale
 from surgery.runtimes.child import Job, Limits, Outcome, default_threads, run
 from surgery.runtimes.interface import FLOAT32, ModelRef
 from surgery.stimuli import Batch
@@ -110,16 +110,23 @@ class _Sums:
     nonfinite: int = 0
 
     def add(
-        self, one: NDArray[Any], other: NDArray[Any], noise: NDArray[Any], least: NDArray[Any]
+        self,
+        one: NDArray[Any],
+        other: NDArray[Any],
+        torch: NDArray[Any],
+        reference: NDArray[Any],
+        unit: float,
     ) -> None:
-        """Adds arrays [n, features]: both runs, PyTorch's error, and [n] the least noise."""
+        """Adds arrays [n, features]: both runs, PyTorch, and the reference that tells its noise;
+        `unit` is the unit roundoff of what is computed in."""
         finite = np.isfinite(one) & np.isfinite(other)
         self.nonfinite += int(np.count_nonzero(np.isfinite(one) != np.isfinite(other)))
         wide = np.where(finite, other, 0).astype(np.float64) - np.where(finite, one, 0)
-        norms = np.maximum(np.linalg.norm(noise, axis=-1), least)
+        noise = torch - reference
         self.difference.add(wide)
-        self.units.add(in_units(wide, norms / np.sqrt(max(wide.shape[-1], 1))))
+        self.units.add(in_units(wide, position_scale(noise, reference, unit)))
         self.noise.add(noise)
+        self.scale.add(reference)
         self.positions += len(wide)
 
 
@@ -139,9 +146,7 @@ def _row(
         arrays = _arrays(ran, corner, noisy, outcome, batch)
         if arrays is not None:
             one, other, torch, reference = arrays
-            least = 4 * unit * np.linalg.norm(reference, axis=-1)
-            sums.add(one, other, torch - reference, least)
-            sums.scale.add(reference)
+            sums.add(one, other, torch, reference, unit)
     if sums.positions:
         yield _repeat(corner, variant, output, sums, unit)
 

@@ -51,10 +51,10 @@ def _watched(model: Any, arch: Any, boundaries: list[Boundary], kept: Arrays) ->
 
     def keep(boundary: Boundary) -> Any:
         def after(module: Any, given: Any, result: Any) -> None:
-            kept[boundary.site] = _first(result).detach().numpy()
+            kept[boundary.site] = _array(_first(result))
 
         def before(module: Any, given: Any, named: Any) -> None:
-            kept[boundary.site] = _first(given or tuple(named.values())).detach().numpy()
+            kept[boundary.site] = _array(_first(given or tuple(named.values())))
 
         module = arch.module(model, boundary.role, boundary.layer)
         if boundary.side == OUTPUT:
@@ -65,6 +65,13 @@ def _watched(model: Any, arch: Any, boundaries: list[Boundary], kept: Arrays) ->
         for boundary in boundaries:
             stack.enter_context(keep(boundary))
         yield
+
+
+def _array(value: Any) -> NDArray[Any]:
+    """Anything narrower than float32 as float32: numpy has no bfloat16."""
+    wide = value.detach().float() if value.element_size() < 4 else value.detach()
+    array: NDArray[Any] = wide.numpy()
+    return array
 
 
 def _first(value: Any) -> Any:

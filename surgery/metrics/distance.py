@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.metrics.ratio import divide
-from surgery.metrics.shape import ShapeSums
+from surgery.metrics.shape import ShapeSums, position_scale
 from surgery.metrics.tolerance import ToleranceSums
 
 Floats = NDArray[np.floating[Any]]
@@ -111,15 +111,12 @@ class ConversionSums:
         """Keeps the largest error of one position over that position's own noise, in L2, and adds
         to the distributions of both.
 
-        One noisy position would hide an error elsewhere from the other two ratios. The least
-        noise a position is taken to have is four roundings of its own values: with fewer, two
-        correct runtimes differ by chance.
+        One noisy position would hide an error elsewhere from the other two ratios.
         """
-        least = 4 * UNITS[self.dtype] * np.linalg.norm(reference, axis=-1)
-        norms = np.maximum(np.linalg.norm(noise, axis=-1), least)
-        ratios = map(divide, np.linalg.norm(error, axis=-1), norms)
-        self.ratio_position = float(np.max([self.ratio_position, *ratios]))
-        self.shape.add(noise, error, norms / np.sqrt(max(noise.shape[-1], 1)))
+        scale = position_scale(noise, reference, UNITS[self.dtype])
+        errors = np.linalg.norm(error, axis=-1) / np.sqrt(max(error.shape[-1], 1))
+        self.ratio_position = float(np.max([self.ratio_position, *map(divide, errors, scale)]))
+        self.shape.add(noise, error, scale)
 
     def _note_worst(self, where: list[str], largest: NDArray[np.float64]) -> None:
         # A NaN is worse than any number.

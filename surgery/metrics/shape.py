@@ -151,6 +151,26 @@ class ShapeSums:
         return divide(self.error.sigma, self.noise.sigma)
 
 
+def position_scale(noise: Floats, reference: Floats, unit: float) -> NDArray[np.float64]:
+    """The noise of each position of arrays [n, features], a root mean square over its features.
+
+    At least four roundings of the position's own values, `unit` being the unit roundoff: with
+    fewer, two correct runtimes differ by chance.
+    """
+    least = 4 * unit * np.linalg.norm(reference, axis=-1)
+    norms = np.maximum(np.linalg.norm(noise, axis=-1), least)
+    return np.asarray(norms / np.sqrt(max(noise.shape[-1], 1)))
+
+
+def shape_of(noisy: Floats, found: Floats, reference: Floats, unit: float) -> tuple[float, float]:
+    """Overlap and sigma ratio of arrays [n, features]: PyTorch's, ONNX Runtime's, the reference."""
+    sums = ShapeSums()
+    with np.errstate(invalid="ignore", over="ignore"):
+        noise, error = noisy - reference, found - reference
+        sums.add(noise, error, position_scale(noise, reference, unit))
+    return sums.overlap, sums.sigma_ratio
+
+
 def in_units(errors: Floats, scale: Floats) -> Floats:
     """Each row of `errors` [n, features] over its `scale` [n]; 0 / 0 is 0, as no error is none."""
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -64,7 +64,7 @@ def test_a_preset_is_judged_beside_the_built_in_rules(lab: Lab) -> None:
     )
     assert lab.diff(case, policy=passing).verdict == "pass"
     report = lab.diff(case, policy=failing)
-    assert found(report) == {("conversion", "beyond a fixed tolerance")}
+    assert found(report) == {("tolerance", "beyond a fixed tolerance")}
     [row] = report.tolerances
     assert row.outside["issta-text"] > 0 and row.atol > 1e-7
 
@@ -105,6 +105,8 @@ def test_a_defect_of_a_float16_graph_is_told_in_float16_noise(
     zero = partial(mutants.zero_row, name="model.layers.1.mlp.up_proj.weight", row=3)
     report = lab.diff(lab.case("llama"), onnx=plant(graph, zero))
     assert "times float16 noise away" in finding(report, "conversion", "wrong value").message
+    [cause] = [f for f in report.findings if f.symptom == "introduced error"]
+    assert cause.site == "R_o/up_proj.1"
 
 
 def test_a_float32_graph_whose_output_was_rounded_is_held_to_float32(
