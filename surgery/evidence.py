@@ -11,6 +11,13 @@ from dataclasses import dataclass
 
 CORNERS = ("T_o", "T_e", "R_o", "R_e")
 EDGES = {"C_o": ("T_o", "R_o"), "C_e": ("T_e", "R_e")}
+EDITS = {"T": ("T_o", "T_e"), "R": ("R_o", "R_e")}
+PAIRS = {**EDGES, **EDITS}
+"""What is compared with what: each model with its conversion, and each edit in its runtime."""
+
+KL_LEVELS = ("0.1%", "1%", "5%", "10%", "median", "90%", "95%", "99%", "99.9%")
+DELTA_LEVELS = ("0.1%", "1%", "5%", "10%", "25%", "median", "75%", "90%", "95%", "99%", "99.9%")
+"""Percentiles that `Divergence` holds, from the lowest; `min` comes before them, `max` after."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,7 @@ class Finding:
     `tolerance`, `interaction`, `preserve`, `target`, `coverage`); symptom: what kind (`crash`,
     `timeout`, `nan`, `missing output`, `shape`, `dtype`, `wrong value`, `stale tensor`, ...);
     site: which corner, tensor, output or batch; value and limit: the number found and the one
-    allowed.
+    allowed; operator: the kind of the operator at fault and how it differs, where that was found.
     """
 
     stage: str
@@ -30,6 +37,7 @@ class Finding:
     message: str
     value: float | None = None
     limit: float | None = None
+    operator: str = ""
 
 
 @dataclass(frozen=True)
@@ -171,6 +179,43 @@ class Interaction:
 
 
 @dataclass(frozen=True)
+class StimulusInteraction:
+    """As `Interaction`, of one stimulus; only the worst of a set are kept."""
+
+    stimulus_set: str
+    stimulus: str
+    effect: float
+    ratio: float
+    rho: float
+    noise_ratio: float
+
+
+@dataclass(frozen=True)
+class SiteInteraction:
+    """The interaction where a module of `layer` gives or takes its values, on one batch.
+
+    `effect`, `ratio` and `rho` are those of the four runs as they are, as in `Interaction`. The
+    same with `own_` before is of the one module before the site: all four models get the values
+    that PyTorch gives in the edited model, so that what an edit does elsewhere counts for nothing.
+    `own_noise_ratio` is that ||I|| over noise. `wrong`: the module makes something else of the
+    edit in ONNX Runtime; `word`: what (`survived`, `the edit was lost`, ...), empty where the
+    module's own effect is within noise.
+    """
+
+    site: str
+    layer: int | None
+    effect: float
+    ratio: float
+    rho: float
+    own_effect: float
+    own_ratio: float
+    own_rho: float
+    own_noise_ratio: float
+    wrong: bool
+    word: str
+
+
+@dataclass(frozen=True)
 class Effect:
     """One behaviour metric at every corner that ran, on one stimulus set."""
 
@@ -202,6 +247,64 @@ class Drift:
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """How the next-token distributions of a pair (`PAIRS`, p then q) differ on one stimulus set.
+
+    `kl` is `metrics.summary.kl_table` of KL(p || q) in nats over `positions`. `flips` positions
+    have another most likely token; `near_ties` of them may be rounding (`metrics.flips`).
+    `perplexity` and `delta_p` are the tables of the text's own next tokens, of which there are
+    `tokens`; empty where there are none.
+    """
+
+    stimulus_set: str
+    pair: str
+    positions: int
+    kl: dict[str, float]
+    flips: int
+    near_ties: int
+    tokens: int
+    perplexity: dict[str, float]
+    delta_p: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Parting:
+    """Where the greedy responses of a pair part, on one stimulus set.
+
+    Of `responses` prompts, `parted` have unlike responses, `near_ties` of them at a token that
+    rounding may have turned. `first` and `median` are positions in the response, from 0, over
+    those that part; None where none does.
+    """
+
+    stimulus_set: str
+    pair: str
+    responses: int
+    parted: int
+    near_ties: int
+    first: int | None
+    median: float | None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What `confidence` leaves open about one number of a pair on one stimulus set.
+
+    `quantity`: `kl`, `log_ratio`, `flip_rate` or `real_flip_rate` of `Divergence`, `parted_rate`
+    of `Parting`, or the metric of an `Effect`, whose change in `"T"` or `"R"` it is. `count` texts
+    (of `flip_rate` and `real_flip_rate` positions) were measured; low <= estimate <= high.
+    """
+
+    quantity: str
+    stimulus_set: str
+    pair: str
+    count: int
+    confidence: float
+    estimate: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Everything one differential run measured. `faults` need no policy to be wrong."""
 
@@ -210,6 +313,11 @@ class Evidence:
     interaction: tuple[Interaction, ...] = ()
     effects: tuple[Effect, ...] = ()
     drift: tuple[Drift, ...] = ()
+    divergence: tuple[Divergence, ...] = ()
+    partings: tuple[Parting, ...] = ()
+    intervals: tuple[Interval, ...] = ()
+    stimuli: tuple[StimulusInteraction, ...] = ()
+    sites: tuple[SiteInteraction, ...] = ()
     faults: tuple[Finding, ...] = ()
     compared: int = 0
     covered_rows: int = 0

@@ -19,6 +19,8 @@ The law:
    noise it is no yardstick, and noise alone judges.
 8. Preserve and target limits hold in PyTorch and in ONNX Runtime, each; a limit asked for but not
    measured fails, and so does one about an edit where no edited model was tested.
+9. Where the policy asks for confidence, a limit holds for the whole interval too, and A/A keeps to
+   it: `surgery.gate_behaviour`, which also has law 5 for the statistics of behaviour.
 
 A larger error never turns a fail into a pass (a property test holds the gate to that).
 """
@@ -32,6 +34,7 @@ from typing import Any
 
 from surgery.evidence import CORNERS, EDGES, Conversion, Drift, Effect, Evidence, Finding
 from surgery.evidence import Interaction as Measured
+from surgery.gate_behaviour import IMPOSSIBLE, judge_behaviour
 from surgery.noise_rules import judge_noise, noise_dtype
 from surgery.policy import Policy, TargetRule
 
@@ -39,9 +42,6 @@ PASS, FAIL, NOT_EVALUATED = "pass", "fail", "not_evaluated"
 
 EXIT_CODES = {PASS: 0, FAIL: 1, NOT_EVALUATED: 5}
 """What a command that judges exits with."""
-
-IMPOSSIBLE = "impossible"
-"""The symptom of evidence that no run can have measured."""
 
 UNCOVERED = "embedding not compared"
 
@@ -79,8 +79,8 @@ def judge(evidence: Evidence, policy: Policy) -> Verdict:
     if not broken and not evidence.compared > 0:
         return Verdict(NOT_EVALUATED, (_nothing_compared(evidence),))
     rules: tuple[Callable[[Evidence, Policy], Iterator[Finding]], ...]
-    rules = (_coverage, _places, _runs, _conversion, judge_noise)
-    rules = (*rules, _interaction, _numbers, _preserve, _target)
+    rules = (_coverage, _places, _runs, _conversion, judge_noise, _interaction, _numbers)
+    rules += (_preserve, _target, judge_behaviour)
     found = [finding for rule in rules for finding in rule(evidence, policy)]
     findings = (*broken, *found)
     return Verdict(FAIL if findings else PASS, findings)

@@ -149,7 +149,7 @@ def clean() -> Evidence:
         repeats=(
             repeat("T_o", "attention eager"),
             repeat("T_o", "computed in float16", "compute", max_abs=0.021, ratio_max=1310.0),
-            repeat("R_e", "optimisation none"),
+            repeat("R_e", "optimisation disabled"),
         ),
     )
 

@@ -289,11 +289,11 @@ FAILING: dict[str, tuple[dict[str, Any], Policy, str, str, str]] = {
         "C_o/logits",
     ),
     "another result of another run": (
-        {"repeats": (repeat("R_o", "optimisation none", ratio_max=8.1),)},
+        {"repeats": (repeat("R_o", "optimisation disabled", ratio_max=8.1),)},
         BUILT_IN,
         "run",
         "unstable",
-        "R_o/logits/optimisation none",
+        "R_o/logits/optimisation disabled",
     ),
     "a run of no kind": (
         {"repeats": (repeat("T_o", "attention eager", "x"),)},
@@ -303,11 +303,11 @@ FAILING: dict[str, tuple[dict[str, Any], Policy, str, str, str]] = {
         "T_o/logits/attention eager",
     ),
     "NaN in another run alone": (
-        {"repeats": (repeat("R_o", "optimisation none", nonfinite=1),)},
+        {"repeats": (repeat("R_o", "optimisation disabled", nonfinite=1),)},
         BUILT_IN,
         "run",
         "nan",
-        "R_o/logits/optimisation none",
+        "R_o/logits/optimisation disabled",
     ),
 }
 

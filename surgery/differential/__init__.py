@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from surgery.differential.compare import compare
 from surgery.differential.corners import Pair, Progress, run_corners
-from surgery.differential.repeats import repeat
+from surgery.differential.rounds import explore, only
 from surgery.differential.workload import DEFAULT_SEED, Workload, make_workload
 from surgery.evidence import Evidence
 from surgery.export.tasks import Task
 from surgery.runtimes.child import Limits
 
-__all__ = ["DEFAULT_SEED", "Limits", "Pair", "Progress", "Workload", "make_workload", "measure"]
+__all__ = [
+    "DEFAULT_SEED",
+    "Limits",
+    "Pair",
+    "Progress",
+    "Workload",
+    "explore",
+    "make_workload",
+    "measure",
+    "only",
+]
 
 
 def measure(
@@ -24,10 +33,8 @@ def measure(
     workload: Workload,
     limits: Limits,
     progress: Progress,
-    aa: bool = False,
 ) -> Evidence:
-    """Runs and compares the corners of `pairs` (`C_o`, and `C_e` for an edited model); with `aa`,
-    each corner is also run against itself (`surgery.differential.repeats`).
+    """Runs and compares the corners of `pairs` (`C_o`, and `C_e` for an edited model).
 
     Raises the `InputError` of a model file that cannot be used; whatever else happens in a
     corner, a crash, a timeout, NaN, is evidence.
@@ -35,9 +42,4 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="surgery-diff-") as scratch:
         ran = run_corners(pairs, task, workload, Path(scratch), limits, progress)
         progress("comparison")
-        evidence = compare(ran, workload, task)
-        if aa:
-            found = repeat(ran, dict(pairs), task, workload, Path(scratch), limits, progress)
-            repeats, faults = found
-            evidence = replace(evidence, repeats=repeats, faults=(*evidence.faults, *faults))
-        return evidence
+        return compare(ran, workload, task)

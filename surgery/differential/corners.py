@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from surgery.differential.workload import Workload
@@ -57,32 +57,50 @@ def run_corners(
     scratch: Path,
     limits: Limits,
     progress: Progress,
+    earlier: Ran | None = None,
 ) -> Ran:
     """Runs both corners of every edge in `pairs` (`C_o`, `C_e`) and their references.
 
-    Raises the child's own `InputError` where a model file is bad; any other end is an outcome.
+    After an `earlier` run in the same `scratch`, what that gave and what this gives; a corner that
+    did not end well is not run again. Raises the child's own `InputError` where a model file is
+    bad; any other end is an outcome.
     """
     corners: dict[str, Outcome] = {}
     references: dict[str, Outcome] = {}
     narrow: dict[str, Outcome] = {}
-
-    def run_one(name: str, model: ModelRef) -> Outcome:
-        own = model.dtype == FLOAT32
-        progress(name if own else f"{name} in {model.dtype}")
-        folder = scratch / f"{name}-{model.dtype}"
-        folder.mkdir()
-        outcome = run(_job(model, workload, folder, not own), limits)
-        outcome.raise_bad_input()
-        return outcome
-
+    before = earlier or Ran({}, {})
     for name, model in _models(pairs, task):
-        (references if model.dtype == "float64" else corners)[name] = run_one(name, model)
+        wide = model.dtype == "float64"
+        found = references if wide else corners
+        known = before.references if wide else before.corners
+        progress(name if model.dtype == FLOAT32 else f"{name} in {model.dtype}")
+        found[name] = _run(_job(model, workload, scratch, name), limits, known.get(name))
     ran = Ran(corners, references, narrow)
+    for name, model in _narrow(pairs, task, ran):
+        progress(f"{name} in {model.dtype}")
+        job = _job(model, workload, scratch, name)
+        narrow[name] = _run(job, limits, before.narrow.get(name))
+    return ran
+
+
+def _narrow(pairs: Mapping[str, Pair], task: Task, ran: Ran) -> Iterator[tuple[str, ModelRef]]:
+    """PyTorch in the type each graph computes in, where that is not float32."""
     for edge, pair in pairs.items():
         name = EDGES[edge][0]
         if ran.dtype(name) != FLOAT32:
-            narrow[name] = run_one(name, ModelRef("torch", pair.model, task.name, ran.dtype(name)))
-    return ran
+            yield name, ModelRef("torch", pair.model, task.name, ran.dtype(name))
+
+
+def _run(job: Job, limits: Limits, before: Outcome | None) -> Outcome:
+    if before is None:
+        job.scratch.mkdir()
+    elif before.status != "ok":
+        return before
+    else:
+        job = replace(job, first=len(before.names), embedding_rows=0)
+    outcome = run(job, limits)
+    outcome.raise_bad_input()
+    return before.then(outcome) if before else outcome
 
 
 def _models(pairs: Mapping[str, Pair], task: Task) -> Iterator[tuple[str, ModelRef]]:
@@ -96,8 +114,9 @@ def _models(pairs: Mapping[str, Pair], task: Task) -> Iterator[tuple[str, ModelR
         )
 
 
-def _job(model: ModelRef, workload: Workload, folder: Path, reference: bool) -> Job:
-    if reference:
+def _job(model: ModelRef, workload: Workload, scratch: Path, name: str) -> Job:
+    folder = scratch / f"{name}-{model.dtype}"
+    if model.dtype != FLOAT32:
         return Job(model, folder, workload.batches)
     return Job(
         model,

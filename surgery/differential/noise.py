@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from surgery.differential.corners import Ran
 from surgery.evidence import Finding
+from surgery.metrics.distance import UNITS
 from surgery.runtimes.child import Outcome
+from surgery.runtimes.interface import FLOAT32
 from surgery.stimuli import Batch
 
 Kept = dict[str, NDArray[Any]]
@@ -39,3 +41,8 @@ def comparable(ran: Ran, edge: tuple[str, str], kept: Kept, references: Kept, na
     t, r = edge
     measured = t in references and (t in narrow or t not in ran.narrow)
     return measured and t in kept and r in kept and kept[t].shape == kept[r].shape
+
+
+def coarsest(ran: Ran) -> str:
+    """The type of least precision that a graph computes in."""
+    return max(map(ran.dtype, ran.references), key=lambda name: UNITS[name], default=FLOAT32)

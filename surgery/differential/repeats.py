@@ -8,7 +8,7 @@ it. Each is a child of its own, and its outputs are gone once compared.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from surgery.runtimes.interface import FLOAT32, ModelRef
 from surgery.stimuli import Batch
 
 NARROW = ("bfloat16", "float16")
-UNOPTIMISED = ("none", "basic", "extended")
+UNOPTIMISED = ("disabled", "basic", "extended")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def variants(model: ModelRef) -> Iterator[Variant]:
 
 def repeat(
     ran: Ran,
-    pairs: dict[str, Pair],
+    pairs: Mapping[str, Pair],
     task: Task,
     workload: Workload,
     scratch: Path,

@@ -1,4 +1,4 @@
-"""A table of short strings, and how numbers are written in one."""
+"""Cells and tables of short strings: what every table of a report is made of."""
 
 from __future__ import annotations
 
@@ -44,6 +44,10 @@ def signed(value: float) -> str:
     return ("+" if value > 0 else "") + number(value)
 
 
+def percent(share: float) -> str:
+    return f"{share:.2%}" if math.isfinite(share) else number(share)
+
+
 def make_table(
     title: str,
     headers: tuple[str, ...],
@@ -52,6 +56,6 @@ def make_table(
     spare: tuple[str, ...] = (),
     names: tuple[str, ...] = (),
 ) -> Table:
-    """The table of these cells, each printable and cut where it is long."""
+    """A table of printable cells; `numeric` are the columns to align right."""
     shown = tuple(tuple(printable(cell, 600) for cell in row) for row in rows)
     return Table(title, headers, shown, frozenset(numeric), spare, frozenset(names))

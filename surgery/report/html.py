@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from surgery.evidence import CORNERS, EDGES, Effect
 from surgery.report.cells import number, signed
+from surgery.report.klplot import kl_plot
 from surgery.report.model import Report
 from surgery.report.tables import HEADLINES, change, headline, subline, tables
 from surgery.syntax import printable
@@ -91,6 +92,7 @@ class Html:
             converted_edit=_edit_state(report, "R"),
             interaction=_interaction(report),
             charts=[_chart(effect) for effect in report.effects],
+            plot=kl_plot(report),
             tables=tables(report),
         )
 

@@ -28,7 +28,7 @@ class ModelRef:
     file's own in which the .onnx file's external data lies; attention: what `torch` computes
     attention with, `eager` or `sdpa`, by default the first that the model has of sdpa and eager;
     stored: a type the weights are rounded to before they are computed with in `dtype`; level: what
-    `onnxruntime` optimises, `none`, `basic`, `extended` or `all`.
+    `onnxruntime` optimises, `disabled`, `basic`, `extended` or `all`.
     """
 
     runtime: str

@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from surgery.errors import EnvironmentFault
 from surgery.export import onnxfile
 from surgery.export.tasks import find_task
 from surgery.runtimes import graph
@@ -17,13 +18,14 @@ from surgery.runtimes.interface import Arrays, IdArrays, ModelRef, Runtime
 from surgery.runtimes.precision import compute_dtype
 
 LEVELS = {
-    "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
-    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
-    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    "disabled": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
 }
-"""What ONNX Runtime can be told to optimise, each level with those before it."""
-
+"""How far a graph is optimised, by the names of `GraphOptimizationLevel`, nothing first."""
+CPU = "CPUExecutionProvider"
+_REMOTE = ("AzureExecutionProvider",)
 _FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 
 
@@ -80,14 +82,33 @@ class OnnxRuntime(Runtime):
 
 
 def open_session(
-    model: str | bytes, initializers: Path | None, threads: int, level: str = "all"
+    model: str | bytes,
+    initializers: Path | None,
+    threads: int,
+    level: str = "all",
+    provider: str = CPU,
 ) -> onnxruntime.InferenceSession:
-    """A session on the CPU of a file, or of a model's bytes whose external data lies in the folder
-    `initializers`; what is optimised is one of `LEVELS`, by default everything."""
+    """A session of a file, or of a model's bytes whose external data lies in the folder
+    `initializers`; optimised to a `level` of `LEVELS`, on one execution provider.
+
+    Raises `EnvironmentFault` where that provider is not to be had: ONNX Runtime itself would go on
+    without it.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.graph_optimization_level = LEVELS[level]
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, LEVELS[level])
     if initializers is not None:
         options.add_session_config_entry(_FOLDER_KEY, str(initializers))
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    # What another provider has no kernel for runs on the CPU, as ONNX Runtime does by itself.
+    wanted = list(dict.fromkeys((provider, CPU)))
+    session = onnxruntime.InferenceSession(model, options, providers=wanted)
+    if provider not in session.get_providers():
+        raise EnvironmentFault(f"{provider} is not to be had on this machine")
+    return session
+
+
+def other_providers() -> tuple[str, ...]:
+    """The execution providers of this build besides the CPU's; those that compute elsewhere, on
+    somebody's server, left out."""
+    return tuple(p for p in onnxruntime.get_available_providers() if p not in (CPU, *_REMOTE))

@@ -152,7 +152,7 @@ def test_a_model_run_again_is_told_beside_its_noise(lab: Lab) -> None:
     assert (report.verdict, list(report.findings)) == ("pass", [])
     threads = "1 thread" if default_threads() > 1 else "2 threads"
     narrow = [f"{how} in {d}" for d in ("bfloat16", "float16") for how in ("stored", "computed")]
-    levels = [f"optimisation {level}" for level in ("none", "basic", "extended")]
+    levels = [f"optimisation {level}" for level in ("disabled", "basic", "extended")]
     rows = {(row.corner, row.variant): row for row in report.repeats}
     assert set(rows) == {
         *(("T_o", name) for name in (threads, "attention eager", *narrow)),
@@ -160,7 +160,7 @@ def test_a_model_run_again_is_told_beside_its_noise(lab: Lab) -> None:
     }
     assert {row.positions for row in rows.values()} == {report.conversion[0].positions}
     assert 0 < rows["T_o", "attention eager"].ratio_l2 < 2
-    assert 0 < rows["R_o", "optimisation none"].ratio_l2 < 2
+    assert 0 < rows["R_o", "optimisation disabled"].ratio_l2 < 2
     bf16, f16 = (rows["T_o", f"computed in {name}"] for name in ("bfloat16", "float16"))
     assert bf16.l2 > 4 * f16.l2 > 1000 * rows["T_o", "attention eager"].l2
 
