@@ -457,6 +457,25 @@ def schema(kind: str) -> None:
 
 
 @cli.command()
+@json_option
+def doctor(json: bool) -> None:
+    """Look at versions, CPU, memory, disk and file systems: exit 1 if one will not do.
+
+    Example: surgery doctor
+    """
+    from dataclasses import asdict
+
+    from surgery.console import doctor_text
+    from surgery.doctor import examine
+
+    found = examine()
+    # Not `echo_json`, which needs a package that may be missing.
+    told = dumps({"ok": found.ok, **asdict(found)}, indent=2) if json else doctor_text(found)
+    click.echo(told)
+    sys.exit(0 if found.ok else 1)
+
+
+@cli.command()
 @click.option("--output", type=PATH, default=Path("demo"), show_default=True, metavar="DIR")
 def demo(output: Path) -> None:
     """Run the main job on the repository's fixtures, and catch a planted fault.

@@ -25,10 +25,11 @@ class Finding:
     """One thing that is wrong.
 
     stage: where in the chain (`load`, `run`, `interface`, `embedding`, `lineage`, `conversion`,
-    `tolerance`, `interaction`, `preserve`, `target`, `coverage`); symptom: what kind (`crash`,
-    `timeout`, `nan`, `missing output`, `shape`, `dtype`, `wrong value`, `stale tensor`, ...);
-    site: which corner, tensor, output or batch; value and limit: the number found and the one
-    allowed; operator: the kind of the operator at fault and how it differs, where that was found.
+    `tolerance`, `interaction`, `preserve`, `target`, `coverage`; of a localisation `capture`,
+    `translate`, `optimise`, `kernel`, `localize`); symptom: what kind (`crash`, `timeout`,
+    `nan`, `missing output`, `shape`, `dtype`, `wrong value`, `stale tensor`, ...); site: which
+    corner, tensor, output or batch; value and limit: the number found and the one allowed;
+    operator: the kind of the operator at fault and how it differs, where that was found.
     """
 
     stage: str
@@ -289,9 +290,10 @@ class Parting:
 class Interval:
     """What `confidence` leaves open about one number of a pair on one stimulus set.
 
-    `quantity`: `kl`, `log_ratio`, `flip_rate` or `real_flip_rate` of `Divergence`, `parted_rate`
-    of `Parting`, or the metric of an `Effect`, whose change in `"T"` or `"R"` it is. `count` texts
-    (of `flip_rate` and `real_flip_rate` positions) were measured; low <= estimate <= high.
+    `quantity`: `kl`, its `kl_median` and `kl_99%`, `log_ratio`, `flip_rate` or `real_flip_rate` of
+    `Divergence`, `parted_rate` of `Parting`, or the metric of an `Effect`, whose change in `"T"` or
+    `"R"` it is. `count` texts (of `flip_rate` and `real_flip_rate` positions) were measured;
+    low <= estimate <= high.
     """
 
     quantity: str

@@ -32,6 +32,7 @@ from surgery.gate import FAIL, judge
 from surgery.localize import LIMIT, Localization
 from surgery.localize import localize as find
 from surgery.localize.edit import EditTrace, trace_edit
+from surgery.localize.supposed import became_of_edit
 from surgery.localize.weights import stale_tensors
 from surgery.noise_rules import WRONG_SHAPE
 from surgery.policy import BUILT_IN, Policy
@@ -312,6 +313,9 @@ def _report(
         traced = _traced(pairs, lineages, asked, evidence, limits, progress)
         evidence = replace(evidence, sites=traced.rows)
         extra += traced.findings()
+        extra += became_of_edit(
+            pairs, asked.task, asked.workload, verdict.findings, limits, progress
+        )
     if extra:
         evidence = replace(evidence, faults=(*extra, *evidence.faults))
         verdict = judge(evidence, policy)

@@ -91,7 +91,7 @@ def _admit(evidence: Evidence, workload: Workload) -> Evidence:
     if not workload.alone:
         return evidence
     message = f"only batch {quote(workload.alone)} ran, as was asked; the others were not compared"
-    fault = Finding("coverage", "one batch alone", workload.alone, message)
+    fault = Finding("coverage", "not measured", workload.alone, message)
     return replace(evidence, faults=(*evidence.faults, fault))
 
 
