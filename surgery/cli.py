@@ -351,6 +351,7 @@ def lineage(model: Path, onnx: Path, json: bool) -> None:
 @timeout_option
 @budget_option
 @click.option("--batch", metavar="NAME", help="Run this batch of a report again, alone.")
+@click.option("--aa", is_flag=True, help="Also run each corner against itself, many ways (slow).")
 @click.option("--report", type=PATH, required=True, metavar="FILE", help="Where to write JSON.")
 def diff(report: Path, policy: Path | None, timeout: float, **options: Any) -> None:
     """Test a conversion, or with --edited all four corners.

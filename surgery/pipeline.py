@@ -24,7 +24,7 @@ from surgery.differential import (
     only,
 )
 from surgery.errors import InputError, NothingCompared
-from surgery.evidence import EDGES, Evidence
+from surgery.evidence import EDGES, Evidence, Finding
 from surgery.export import CACHED, Task, choose_task, export, export_graph, onnxfile
 from surgery.export.layouts.linked import links
 from surgery.export.lineage import Lineage, trace
@@ -32,7 +32,9 @@ from surgery.gate import FAIL, judge
 from surgery.localize import LIMIT, Localization
 from surgery.localize import localize as find
 from surgery.localize.edit import EditTrace, trace_edit
+from surgery.localize.supposed import became_of_edit
 from surgery.localize.weights import stale_tensors
+from surgery.noise_rules import WRONG_SHAPE
 from surgery.policy import BUILT_IN, Policy
 from surgery.process import one_line
 from surgery.record import environment
@@ -64,6 +66,7 @@ def diff(
     policy: Policy = BUILT_IN,
     task: str | None = None,
     seed: int = DEFAULT_SEED,
+    aa: bool = False,
     limits: Limits | None = None,
     progress: Progress = silent,
     root: Path | None = None,
@@ -74,15 +77,16 @@ def diff(
 
     An ONNX file that is not given is exported to a temporary folder; one that has a key-value
     cache is judged with it. `budget`: seconds for all corners, spent on further probes; `batch`:
-    the one batch to run again, which is never a pass. The report names files inside `root`
-    relative to it. Raises `InputError` for anything given that cannot be used; whatever a corner
-    does is in the report.
+    the one batch to run again, which is never a pass; `aa`: each corner is also run against
+    itself. The report names files inside `root` relative to it. Raises `InputError` for anything
+    given that cannot be used; whatever a corner does is in the report.
     """
     given = _Given(model, onnx, edited, edited_onnx)
     with _prepared(given, stimuli, policy, task, seed, progress) as (pairs, asked, scratch):
         if batch is not None:
             asked = replace(asked, workload=only(asked.workload, batch))
         bounds = limits or Limits()
+        asked = replace(asked, aa=aa)
         return _report(pairs, asked, stimuli, policy, bounds, progress, root or scratch, budget)
 
 
@@ -275,6 +279,7 @@ class _Asked:
 
     task: Task
     workload: Workload
+    aa: bool = False
 
 
 def _ask(
@@ -295,19 +300,22 @@ def _report(
     root: Path | None = None,
     budget: float | None = None,
 ) -> Report:
-    found = explore(pairs, asked.task, asked.workload, policy, limits, progress, budget)
+    found = explore(pairs, asked.task, asked.workload, policy, limits, progress, budget, asked.aa)
     evidence, asked = found.evidence, replace(asked, workload=found.workload)
     lineages = _lineages(pairs, progress)
     evidence = replace(evidence, faults=(*stale_tensors(lineages, pairs), *evidence.faults))
     verdict = judge(evidence, policy)
     stages, extra = {finding.stage for finding in verdict.findings}, []
-    if "conversion" in stages:
+    if any(_can_be_localised(finding) for finding in verdict.findings):
         places = _localized(pairs, lineages, asked, evidence, limits, progress)
         extra += [f for edge, own in places.items() for f in own.findings(EDGES[edge][1])]
     if "interaction" in stages:
         traced = _traced(pairs, lineages, asked, evidence, limits, progress)
         evidence = replace(evidence, sites=traced.rows)
         extra += traced.findings()
+        extra += became_of_edit(
+            pairs, asked.task, asked.workload, verdict.findings, limits, progress
+        )
     if extra:
         evidence = replace(evidence, faults=(*extra, *evidence.faults))
         verdict = judge(evidence, policy)
@@ -318,6 +326,11 @@ def _report(
         "workload": {"task": asked.task.name, **asked.workload.describe()},
     }
     return Report.build(evidence, verdict, policy, _environment(), inputs)
+
+
+def _can_be_localised(finding: Finding) -> bool:
+    """Errors of a size that noise is not; one told by its distribution alone is within it."""
+    return finding.stage == "conversion" and finding.symptom != WRONG_SHAPE
 
 
 def _lineages(pairs: Mapping[str, Pair], progress: Progress) -> dict[str, Lineage]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from surgery.differential.workload import Workload
 from surgery.evidence import EDGES
 from surgery.export.tasks import Task
 from surgery.runtimes.child import Job, Limits, Outcome, run
-from surgery.runtimes.interface import ModelRef
+from surgery.runtimes.interface import FLOAT32, ModelRef
 
 Progress = Callable[[str], None]
 """Called with what is about to run."""
@@ -35,10 +35,19 @@ class Pair:
 
 @dataclass(frozen=True)
 class Ran:
-    """The outcome of every corner, and of the float64 reference of every PyTorch corner."""
+    """The outcome of every corner, and of the float64 reference of every PyTorch corner.
+
+    narrow: of PyTorch in the type its graph computes in, where that is not float32.
+    """
 
     corners: Mapping[str, Outcome]
     references: Mapping[str, Outcome]
+    narrow: Mapping[str, Outcome] = field(default_factory=dict)
+
+    def dtype(self, torch_corner: str) -> str:
+        """What the graph of a PyTorch corner's conversion computes in."""
+        onnx = self.corners.get(torch_corner.replace("T", "R"))
+        return onnx.compute if onnx is not None else FLOAT32
 
 
 def run_corners(
@@ -58,15 +67,28 @@ def run_corners(
     """
     corners: dict[str, Outcome] = {}
     references: dict[str, Outcome] = {}
+    narrow: dict[str, Outcome] = {}
+    before = earlier or Ran({}, {})
     for name, model in _models(pairs, task):
-        reference = model.dtype == "float64"
-        progress(f"{name} in float64" if reference else name)
-        if reference:
-            found, before = references, earlier.references if earlier else {}
-        else:
-            found, before = corners, earlier.corners if earlier else {}
-        found[name] = _run(_job(model, workload, scratch, name), limits, before.get(name))
-    return Ran(corners, references)
+        wide = model.dtype == "float64"
+        found = references if wide else corners
+        known = before.references if wide else before.corners
+        progress(name if model.dtype == FLOAT32 else f"{name} in {model.dtype}")
+        found[name] = _run(_job(model, workload, scratch, name), limits, known.get(name))
+    ran = Ran(corners, references, narrow)
+    for name, model in _narrow(pairs, task, ran):
+        progress(f"{name} in {model.dtype}")
+        job = _job(model, workload, scratch, name)
+        narrow[name] = _run(job, limits, before.narrow.get(name))
+    return ran
+
+
+def _narrow(pairs: Mapping[str, Pair], task: Task, ran: Ran) -> Iterator[tuple[str, ModelRef]]:
+    """PyTorch in the type each graph computes in, where that is not float32."""
+    for edge, pair in pairs.items():
+        name = EDGES[edge][0]
+        if ran.dtype(name) != FLOAT32:
+            yield name, ModelRef("torch", pair.model, task.name, ran.dtype(name))
 
 
 def _run(job: Job, limits: Limits, before: Outcome | None) -> Outcome:
@@ -94,7 +116,7 @@ def _models(pairs: Mapping[str, Pair], task: Task) -> Iterator[tuple[str, ModelR
 
 def _job(model: ModelRef, workload: Workload, scratch: Path, name: str) -> Job:
     folder = scratch / f"{name}-{model.dtype}"
-    if model.dtype == "float64":
+    if model.dtype != FLOAT32:
         return Job(model, folder, workload.batches)
     return Job(
         model,

@@ -22,6 +22,7 @@ from surgery.report.behaviour import behaviour_tables
 from surgery.report.cells import ABSENT, Table, number, percent, signed
 from surgery.report.cells import make_table as _table
 from surgery.report.model import Report
+from surgery.report.noise_tables import noise_tables
 from surgery.taxonomy import Issue
 
 RUNTIMES = {"T": "PyTorch", "R": "ONNX Runtime"}
@@ -56,6 +57,7 @@ def tables(report: Report) -> list[Table]:
         _drift(report),
         _conversion(report.conversion),
         _worst(report.conversion),
+        *noise_tables(report.shapes, report.tolerances, report.repeats),
         _interaction(report),
         stimuli_table(report),
         sites_table(report.sites),
@@ -260,7 +262,7 @@ def mebibytes(count: int) -> float:
 def _policy(report: Report) -> Table:
     policy = report.policy
     rows = [
-        (f"{section}.{name}", number(value))
+        (f"{section}.{name}", value if isinstance(value, str) else number(value))
         for section in ("conversion", "interaction", "preserve")
         for name, value in getattr(policy, section).model_dump().items()
     ]

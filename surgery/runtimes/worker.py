@@ -37,19 +37,15 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         "batches": batches,
         "generations": generations,
         "embedding_problem": problem,
+        "compute": runtime.compute,
         "busy": busy,
     }
 
 
 def _load(fields: dict[str, Any], threads: int) -> Runtime:
     folder = fields["initializers"]
-    model = ModelRef(
-        fields["runtime"],
-        Path(fields["path"]),
-        fields["task"],
-        fields["dtype"],
-        Path(folder) if folder else None,
-    )
+    paths = {"path": Path(fields["path"]), "initializers": Path(folder) if folder else None}
+    model = ModelRef(**{**fields, **paths})
     return RUNTIMES[model.runtime](model, threads)
 
 
