@@ -92,7 +92,7 @@ _CRASHES = ("crash", "timeout", "error")
 _UNCHECKED = (
     "not measured", "nothing compared", "missing corner", "embedding not compared", "impossible",
     "unreadable folder", "unreadable file", "malformed receipt", "malformed checkpoint",
-    "not certain", "A/A beyond limit", "one batch alone",
+    "not certain", "A/A beyond limit",
 )  # fmt: skip
 _WRONG = (
     "wrong distribution", "beyond a fixed tolerance", "unstable",
