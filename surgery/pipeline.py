@@ -151,14 +151,11 @@ def repro(
         verdict, found = judge(evidence, policy), dict[str, Localization]()
         if verdict.verdict == FAIL:
             found = _localized(pairs, lineages, asked, evidence, bounds, progress)
-        conversions = {
-            edge: Conversion(
-                edge, pair, asked.task, asked.workload, lineages[edge], found.get(edge)
-            )
+        conversions = [
+            Conversion(edge, pair, asked.task, asked.workload, lineages[edge], found.get(edge))
             for edge, pair in pairs.items()
-        }
-        sources = tuple(path for path in (model, edited) if path)
-        with Staging(output, sources) as staging:
+        ]
+        with Staging(output, tuple(pair.model for pair in pairs.values())) as staging:
             return write_bundles(conversions, verdict, staging, scratch, bounds, progress)
 
 

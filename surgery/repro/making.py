@@ -167,13 +167,15 @@ class Reproducer:
         return ending.value(f"{self.pair.onnx}: a bundle", EnvironmentFault)
 
     def _save(self, name: str, arrays: Mapping[str, Array]) -> str:
-        path = self.scratch / f"{name}.npz"
+        path = self.scratch.absolute() / f"{name}.npz"
         np.savez(path, allow_pickle=False, **dict(arrays))
         return str(path)
 
 
 def _side(path: Path, folder: Path, values: Mapping[str, str]) -> dict[str, Any]:
-    return {"path": str(path), "folder": str(folder), "values": dict(values)}
+    # A child has another working folder.
+    place, data = path.absolute(), folder.absolute()
+    return {"path": str(place), "folder": str(data), "values": dict(values)}
 
 
 def noise(own: Array, wide: Array, mask: NDArray[np.bool_]) -> float:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -193,13 +194,21 @@ def test_a_right_conversion_makes_nothing(bases: Bases, tmp_path: Path) -> None:
 
 
 def test_a_bundle_that_cannot_be_made_is_told_and_nothing_passes(
-    bases: Bases, tmp_path: Path
+    bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def crash(self: Reproducer, **job: object) -> dict[str, object]:
+    """And a child, whose working folder is another, is given whole paths."""
+    base, seen = bases("llama"), []
+
+    def crash(self: Reproducer, **job: Any) -> dict[str, object]:
+        seen.extend([job[side][key] for side in ("graph", "fresh") for key in ("path", "folder")])
         raise EnvironmentFault("a bundle: crash: ended by SIGSEGV")
 
-    with patch.object(Reproducer, "_child", crash):
-        found = made(bases("llama"), "graph", "softmax axis", tmp_path / "out")
+    base.plant("graph", "softmax axis", 0)
+    monkeypatch.chdir(base.root)
+    with base.here.installed(), patch.object(Reproducer, "_child", crash):
+        model, file = Path(base.model.name), Path("planted.onnx")
+        found = pipeline.repro(model, tmp_path / "out", onnx=file)
+    assert seen and all(Path(path).is_absolute() for path in seen)
     assert found.verdict == "fail" and not found.bundles
     assert "SIGSEGV" in found.missed[0]
     assert not (tmp_path / "out").exists()
