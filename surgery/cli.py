@@ -78,6 +78,13 @@ timeout_option = click.option(
 )
 
 
+budget_option = click.option(
+    "--budget",
+    type=Seconds(min=0, min_open=True),
+    help="Seconds for all corners together; what is left goes to further probes.",
+)
+
+
 def pair_options(command: Any) -> Any:
     """What a differential run compares: a model and its ONNX file, and the edited ones."""
     for option in (
@@ -342,6 +349,8 @@ def lineage(model: Path, onnx: Path, json: bool) -> None:
 @task_option
 @seed_option
 @timeout_option
+@budget_option
+@click.option("--batch", metavar="NAME", help="Run this batch of a report again, alone.")
 @click.option("--report", type=PATH, required=True, metavar="FILE", help="Where to write JSON.")
 def diff(report: Path, policy: Path | None, timeout: float, **options: Any) -> None:
     """Test a conversion, or with --edited all four corners.
@@ -372,6 +381,7 @@ def diff(report: Path, policy: Path | None, timeout: float, **options: Any) -> N
 @task_option
 @seed_option
 @timeout_option
+@budget_option
 def validate(recipe: Path, output: Path, timeout: float, **options: Any) -> None:
     """Apply, export, test the four corners, report and judge.
 
@@ -446,6 +456,25 @@ def schema(kind: str) -> None:
 
 
 @cli.command()
+@json_option
+def doctor(json: bool) -> None:
+    """Look at versions, CPU, memory, disk and file systems: exit 1 if one will not do.
+
+    Example: surgery doctor
+    """
+    from dataclasses import asdict
+
+    from surgery.console import doctor_text
+    from surgery.doctor import examine
+
+    found = examine()
+    # Not `echo_json`, which needs a package that may be missing.
+    told = dumps({"ok": found.ok, **asdict(found)}, indent=2) if json else doctor_text(found)
+    click.echo(told)
+    sys.exit(0 if found.ok else 1)
+
+
+@cli.command()
 @click.option("--output", type=PATH, default=Path("demo"), show_default=True, metavar="DIR")
 def demo(output: Path) -> None:
     """Run the main job on the repository's fixtures, and catch a planted fault.
@@ -483,6 +512,31 @@ def localize(timeout: float, json: bool, **options: Any) -> None:
     else:
         click.echo("\n\n".join(localization_text(edge, own) for edge, own in found.items()))
     sys.exit(0 if all(own.clean for own in found.values()) else 1)
+
+
+@cli.command()
+@pair_options
+@output_option
+@stimuli_option
+@task_option
+@seed_option
+@timeout_option
+@json_option
+def repro(output: Path, timeout: float, json: bool, **options: Any) -> None:
+    """Write a bundle for each fault that shows it by itself; exit 1 where there is one.
+
+    Example: surgery repro --model model/ --onnx model.onnx --output bundles/
+    """
+    from surgery.api import repro as run
+    from surgery.console import stages
+    from surgery.differential import Limits
+    from surgery.gate import EXIT_CODES
+    from surgery.repro import text
+
+    with stages() as progress:
+        found = run(output=output, limits=Limits(timeout), progress=progress, **options)
+    echo_json(found.to_json()) if json else click.echo(text(found, output))
+    sys.exit(EXIT_CODES[found.verdict])
 
 
 def terminal_text(report: Any, brief: bool = False) -> str:

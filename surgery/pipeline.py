@@ -13,13 +13,22 @@ from surgery.apply import apply
 from surgery.arch import identify
 from surgery.checkpoint import Checkpoint, Staging
 from surgery.checkpoint.files import sha256_file
-from surgery.differential import DEFAULT_SEED, Limits, Pair, Workload, make_workload, measure
+from surgery.differential import (
+    DEFAULT_SEED,
+    Limits,
+    Pair,
+    Workload,
+    explore,
+    make_workload,
+    measure,
+    only,
+)
 from surgery.errors import InputError, NothingCompared
 from surgery.evidence import EDGES, Evidence
 from surgery.export import CACHED, Task, choose_task, export, export_graph, onnxfile
 from surgery.export.layouts.linked import links
 from surgery.export.lineage import Lineage, trace
-from surgery.gate import judge
+from surgery.gate import FAIL, judge
 from surgery.localize import LIMIT, Localization
 from surgery.localize import localize as find
 from surgery.localize.edit import EditTrace, trace_edit
@@ -28,6 +37,7 @@ from surgery.policy import BUILT_IN, Policy
 from surgery.process import one_line
 from surgery.record import environment
 from surgery.report import Report, render
+from surgery.repro import Conversion, Repros, write_bundles
 from surgery.runtimes.graph import has_cache
 from surgery.stimuli import Batch
 from surgery.stimuli.prompts import load_stimuli
@@ -57,17 +67,23 @@ def diff(
     limits: Limits | None = None,
     progress: Progress = silent,
     root: Path | None = None,
+    budget: float | None = None,
+    batch: str | None = None,
 ) -> Report:
     """The differential test of checkpoint `model` and, where given, of `edited`.
 
     An ONNX file that is not given is exported to a temporary folder; one that has a key-value
-    cache is judged with it. The report names files inside `root` relative to it. Raises
-    `InputError` for anything given that cannot be used; whatever a corner does is in the report.
+    cache is judged with it. `budget`: seconds for all corners, spent on further probes; `batch`:
+    the one batch to run again, which is never a pass. The report names files inside `root`
+    relative to it. Raises `InputError` for anything given that cannot be used; whatever a corner
+    does is in the report.
     """
     given = _Given(model, onnx, edited, edited_onnx)
     with _prepared(given, stimuli, policy, task, seed, progress) as (pairs, asked, scratch):
+        if batch is not None:
+            asked = replace(asked, workload=only(asked.workload, batch))
         bounds = limits or Limits()
-        return _report(pairs, asked, stimuli, policy, bounds, progress, root or scratch)
+        return _report(pairs, asked, stimuli, policy, bounds, progress, root or scratch, budget)
 
 
 def localize(
@@ -102,6 +118,44 @@ def localize(
         reasons = "; ".join(fault.message for fault in evidence.faults) or "no output was kept"
         raise NothingCompared(f"{pairs[missing[0]].onnx}: nothing to localise: {reasons}")
     return found
+
+
+def repro(
+    model: Path,
+    output: Path,
+    *,
+    onnx: Path | None = None,
+    edited: Path | None = None,
+    edited_onnx: Path | None = None,
+    stimuli: Sequence[Path] = (),
+    policy: Policy = BUILT_IN,
+    task: str | None = None,
+    seed: int = DEFAULT_SEED,
+    limits: Limits | None = None,
+    progress: Progress = silent,
+) -> Repros:
+    """A bundle for each fault of the conversions, in a folder of the new folder `output` each;
+    none where the verdict is not fail.
+
+    Takes what `diff` takes, and raises what that does.
+    """
+    given, bounds = _Given(model, onnx, edited, edited_onnx), limits or Limits()
+    with _prepared(given, stimuli, policy, task, seed, progress) as (pairs, asked, scratch):
+        evidence = measure(pairs, asked.task, asked.workload, bounds, progress)
+        lineages = _lineages(pairs, progress)
+        evidence = replace(evidence, faults=(*stale_tensors(lineages, pairs), *evidence.faults))
+        verdict, found = judge(evidence, policy), dict[str, Localization]()
+        if verdict.verdict == FAIL:
+            found = _localized(pairs, lineages, asked, evidence, bounds, progress)
+        conversions = {
+            edge: Conversion(
+                edge, pair, asked.task, asked.workload, lineages[edge], found.get(edge)
+            )
+            for edge, pair in pairs.items()
+        }
+        sources = tuple(path for path in (model, edited) if path)
+        with Staging(output, sources) as staging:
+            return write_bundles(conversions, verdict, staging, scratch, bounds, progress)
 
 
 @dataclass(frozen=True)
@@ -165,6 +219,7 @@ def validate(
     limits: Limits | None = None,
     allow_outside: bool = False,
     progress: Progress = silent,
+    budget: float | None = None,
 ) -> Report:
     """Applies `recipe` to `model`, exports both, tests the four corners and writes the report.
 
@@ -184,7 +239,7 @@ def validate(
             progress(f"export of {ONNX[edge].removeprefix('onnx/')}")
             export(pair.model, pair.onnx.parent, task=asked.task.name)
         bounds = limits or Limits()
-        report = _report(pairs, asked, stimuli, policy, bounds, progress, staging.path)
+        report = _report(pairs, asked, stimuli, policy, bounds, progress, staging.path, budget)
         staging.write(REPORT_JSON, render(report, "json").encode())
         staging.write(REPORT_HTML, render(report, "html").encode())
         staging.commit()
@@ -238,15 +293,17 @@ def _report(
     limits: Limits,
     progress: Progress,
     root: Path | None = None,
+    budget: float | None = None,
 ) -> Report:
-    evidence = measure(pairs, asked.task, asked.workload, limits, progress)
+    found = explore(pairs, asked.task, asked.workload, policy, limits, progress, budget)
+    evidence, asked = found.evidence, replace(asked, workload=found.workload)
     lineages = _lineages(pairs, progress)
-    evidence = replace(evidence, faults=(*stale_tensors(lineages), *evidence.faults))
+    evidence = replace(evidence, faults=(*stale_tensors(lineages, pairs), *evidence.faults))
     verdict = judge(evidence, policy)
     stages, extra = {finding.stage for finding in verdict.findings}, []
     if "conversion" in stages:
-        found = _localized(pairs, lineages, asked, evidence, limits, progress)
-        extra += [f for edge, own in found.items() for f in own.findings(EDGES[edge][1])]
+        places = _localized(pairs, lineages, asked, evidence, limits, progress)
+        extra += [f for edge, own in places.items() for f in own.findings(EDGES[edge][1])]
     if "interaction" in stages:
         traced = _traced(pairs, lineages, asked, evidence, limits, progress)
         evidence = replace(evidence, sites=traced.rows)

@@ -9,8 +9,8 @@ from typing import Any
 from surgery.errors import quote
 from surgery.evidence import Finding
 from surgery.localize.edit import EditTrace
-from surgery.localize.operators import Operator
 from surgery.localize.referees import Ruling
+from surgery.localize.trial import Operator
 
 LIMIT = 8.0
 """Errors are told in units of noise; the built-in policy allows a conversion this many."""
@@ -48,11 +48,11 @@ class Fault:
     """A module that brings an error in.
 
     `also`: the other boundaries where the same cause does, in other layers mostly; `confirmed`:
-    with PyTorch's values at all of these, nothing else is wrong; `stage` is `capture`,
-    `translate`, `optimise` or `kernel`: what of the conversion is at fault; `operator` where it
-    was found; `within`: modules that have no boundary of their own, experts, and lie before this
-    one; `referees`: who else got this boundary right, in the order of the conversion; `note`: what
-    narrows the stage down, or keeps it from being certain.
+    with PyTorch's values at all of these, or at all modules of their kind, nothing else is wrong;
+    `stage` is `capture`, `translate`, `optimise` or `kernel`: what of the conversion is at fault;
+    `operator` where it was found; `within`: modules that have no boundary of their own, experts,
+    and lie before this one; `referees`: who else got this boundary right, in the order of the
+    conversion; `note`: what narrows the stage down, or keeps it from being certain.
     """
 
     site: str
@@ -116,9 +116,10 @@ class Localization:
         """The faults as findings about `corner`, R_o or R_e; where there is none, why."""
         for fault in self.faults:
             site = f"{corner}/{fault.site}"
-            told = f"; {fault.ruled}" if fault.ruled else ""
-            message = f"{corner}: {fault}, on {quote(self.batch)}{told}"
-            yield Finding(fault.stage, "introduced error", site, message, fault.introduced, LIMIT)
+            ruled = f"; {fault.ruled}" if fault.ruled else ""
+            message = f"{corner}: {fault}, on {quote(self.batch)}{ruled}"
+            kind, told = "introduced error", fault.operator.told if fault.operator else ""
+            yield Finding(fault.stage, kind, site, message, fault.introduced, LIMIT, told)
         if self.note and not self.faults:
             message = f"{corner}: where the error comes in was not found: {self.note}"
             yield Finding("localize", "not found", corner, message)

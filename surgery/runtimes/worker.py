@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,20 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     runtime = _load(job["model"], job["threads"])
     scratch = Path(job["scratch"])
     output = job["output"] or find_task(runtime.model.task).output
-    batches = [_run_batch(runtime, scratch, number, output) for number in range(job["batches"])]
+    first, started = job["first"], time.monotonic()
+    numbers = range(first, first + job["batches"])
+    batches = [_run_batch(runtime, scratch, number, output) for number in numbers]
+    busy = time.monotonic() - started
     # Without its output a model cannot be continued; the batches say so already.
     able = not any(batch["problem"] for batch in batches)
     generations = [_generate(runtime, request, able) for request in job["generations"]]
     problem = _embed(runtime, scratch / "embedding.npy", job)
-    return {"batches": batches, "generations": generations, "embedding_problem": problem}
+    return {
+        "batches": batches,
+        "generations": generations,
+        "embedding_problem": problem,
+        "busy": busy,
+    }
 
 
 def _load(fields: dict[str, Any], threads: int) -> Runtime:
@@ -68,7 +77,7 @@ def _run_batch(runtime: Runtime, scratch: Path, number: int, output: str) -> dic
             "dtype": str(array.dtype),
             "shape": list(array.shape),
             "nonfinite": count_nonfinite(array, mask),
-            "padded": count_nonfinite(array, 1 - mask),
+            "padded": count_nonfinite(array, padding(mask)),
         }
         for name, array in outputs.items()
     ]
@@ -100,7 +109,7 @@ def count_nonfinite(array: NDArray[Any], mask: NDArray[np.int64]) -> int:
     """NaN and infinite values at positions with mask 1.
 
     The end of axis 2 is the length in a cache [batch, heads, length, size], else axis 1 in
-    [batch, length, …]; of outputs with neither, every element counts.
+    [batch, length, …]; of [batch, size] rows with such a position count, of others every element.
     """
     if array.dtype.kind not in "fc":
         return 0
@@ -110,16 +119,27 @@ def count_nonfinite(array: NDArray[Any], mask: NDArray[np.int64]) -> int:
         bad = bad[:, :, array.shape[2] - mask.shape[1] :].swapaxes(1, 2)[real]
     elif array.shape[:2] == mask.shape:
         bad = bad[real]
+    elif array.ndim == 2 and len(array) == len(mask):
+        bad = bad[real.any(axis=1)]
     return int(bad.sum())
+
+
+def padding(mask: NDArray[np.int64]) -> NDArray[np.int64]:
+    """1 where a row that has real positions is padded.
+
+    A row of nothing else is left out: its tokens may attend to none, and no two runtimes need
+    agree about the mean of nothing. Fused kernels give 0, a mask of minus infinity NaN.
+    """
+    return np.asarray((1 - mask) * mask.any(axis=1, keepdims=True), np.int64)
 
 
 def _generate(runtime: Runtime, request: dict[str, Any], able: bool) -> dict[str, Any]:
     prompts = tuple(tuple(prompt) for prompt in request["prompts"])
     if not able:
-        return {"tokens": [() for _ in prompts], "nonfinite": 0}
+        return {"tokens": [() for _ in prompts], "nonfinite": 0, "runners": [() for _ in prompts]}
     wanted = Generation(prompts, request["max_new_tokens"], tuple(request["eos"]))
     found = generate(runtime, wanted)
-    return {"tokens": found.tokens, "nonfinite": found.nonfinite}
+    return {"tokens": found.tokens, "nonfinite": found.nonfinite, "runners": found.runners}
 
 
 def _embed(runtime: Runtime, path: Path, job: dict[str, Any]) -> str | None:
