@@ -76,6 +76,9 @@ timeout_option = click.option(
     show_default=True,
     help="Seconds each corner may take.",
 )
+stream_option = click.option(
+    "--stream", is_flag=True, help="Hold one layer in memory at a time; tells each layer's error."
+)
 
 
 def pair_options(command: Any) -> Any:
@@ -342,6 +345,7 @@ def lineage(model: Path, onnx: Path, json: bool) -> None:
 @task_option
 @seed_option
 @timeout_option
+@stream_option
 @click.option("--report", type=PATH, required=True, metavar="FILE", help="Where to write JSON.")
 def diff(report: Path, policy: Path | None, timeout: float, **options: Any) -> None:
     """Test a conversion, or with --edited all four corners.
@@ -372,6 +376,7 @@ def diff(report: Path, policy: Path | None, timeout: float, **options: Any) -> N
 @task_option
 @seed_option
 @timeout_option
+@stream_option
 def validate(recipe: Path, output: Path, timeout: float, **options: Any) -> None:
     """Apply, export, test the four corners, report and judge.
 

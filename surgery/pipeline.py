@@ -22,6 +22,7 @@ from surgery.export.lineage import Lineage, trace
 from surgery.gate import judge
 from surgery.localize import LIMIT, Localization
 from surgery.localize import localize as find
+from surgery.localize.layers import introduced, streamed
 from surgery.localize.weights import stale_tensors
 from surgery.policy import BUILT_IN, Policy
 from surgery.process import one_line
@@ -56,17 +57,20 @@ def diff(
     limits: Limits | None = None,
     progress: Progress = silent,
     root: Path | None = None,
+    stream: bool = False,
 ) -> Report:
     """The differential test of checkpoint `model` and, where given, of `edited`.
 
     An ONNX file that is not given is exported to a temporary folder; one that has a key-value
-    cache is judged with it. The report names files inside `root` relative to it. Raises
+    cache is judged with it. With `stream` memory follows one layer and the embedding, whatever
+    the size of the model. The report names files inside `root` relative to it. Raises
     `InputError` for anything given that cannot be used; whatever a corner does is in the report.
     """
     given = _Given(model, onnx, edited, edited_onnx)
     with _prepared(given, stimuli, policy, task, seed, progress) as (pairs, asked, scratch):
         bounds = limits or Limits()
-        return _report(pairs, asked, stimuli, policy, bounds, progress, root or scratch)
+        place = root or scratch
+        return _report(pairs, asked, stimuli, policy, bounds, progress, place, stream=stream)
 
 
 def localize(
@@ -161,6 +165,7 @@ def validate(
     limits: Limits | None = None,
     allow_outside: bool = False,
     progress: Progress = silent,
+    stream: bool = False,
 ) -> Report:
     """Applies `recipe` to `model`, exports both, tests the four corners and writes the report.
 
@@ -180,7 +185,9 @@ def validate(
             progress(f"export of {ONNX[edge].removeprefix('onnx/')}")
             export(pair.model, pair.onnx.parent, task=asked.task.name)
         bounds = limits or Limits()
-        report = _report(pairs, asked, stimuli, policy, bounds, progress, staging.path)
+        report = _report(
+            pairs, asked, stimuli, policy, bounds, progress, staging.path, stream=stream
+        )
         staging.write(REPORT_JSON, render(report, "json").encode())
         staging.write(REPORT_HTML, render(report, "html").encode())
         staging.commit()
@@ -234,14 +241,23 @@ def _report(
     limits: Limits,
     progress: Progress,
     root: Path | None = None,
+    *,
+    stream: bool,
 ) -> Report:
+    if stream:
+        lineages = _lineages(pairs, progress)
+        pairs = {edge: streamed(pair, lineages[edge]) for edge, pair in pairs.items()}
     evidence = measure(pairs, asked.task, asked.workload, limits, progress)
-    lineages = _lineages(pairs, progress)
+    if not stream:
+        lineages = _lineages(pairs, progress)
     evidence = replace(evidence, faults=(*stale_tensors(lineages), *evidence.faults))
     verdict = judge(evidence, policy)
     if any(finding.stage == "conversion" for finding in verdict.findings):
-        found = _localized(pairs, lineages, asked, evidence, limits, progress)
-        extra = [f for edge, own in found.items() for f in own.findings(EDGES[edge][1])]
+        if stream:
+            extra = list(introduced(evidence))
+        else:
+            found = _localized(pairs, lineages, asked, evidence, limits, progress)
+            extra = [f for edge, own in found.items() for f in own.findings(EDGES[edge][1])]
         evidence = replace(evidence, faults=(*extra, *evidence.faults))
         verdict = judge(evidence, policy)
     inputs = {

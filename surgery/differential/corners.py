@@ -10,7 +10,7 @@ from surgery.differential.workload import Workload
 from surgery.evidence import EDGES
 from surgery.export.tasks import Task
 from surgery.runtimes.child import Job, Limits, Outcome, run
-from surgery.runtimes.interface import ModelRef
+from surgery.runtimes.interface import Cut, ModelRef
 
 Progress = Callable[[str], None]
 """Called with what is about to run."""
@@ -20,12 +20,14 @@ Progress = Callable[[str], None]
 class Pair:
     """A checkpoint folder and the ONNX file that is said to be it.
 
-    `initializers`: another folder than the file's own in which its external data lies.
+    `initializers`: another folder than the file's own in which its external data lies; `cuts`:
+    where both come apart, in order, to be run part by part; none to be run whole.
     """
 
     model: Path
     onnx: Path
     initializers: Path | None = None
+    cuts: tuple[Cut, ...] = ()
 
     @property
     def data(self) -> Path:
@@ -55,10 +57,10 @@ def run_corners(
     """
     corners: dict[str, Outcome] = {}
     references: dict[str, Outcome] = {}
-    for name, model in _models(pairs, task):
+    for name, model in _models(pairs, task, workload, scratch):
         reference = model.dtype == "float64"
         progress(f"{name} in float64" if reference else name)
-        folder = scratch / f"{name}-{model.dtype}"
+        folder = _folder(scratch, name, model.dtype)
         folder.mkdir()
         outcome = run(_job(model, workload, folder, reference), limits)
         outcome.raise_bad_input()
@@ -66,15 +68,31 @@ def run_corners(
     return Ran(corners, references)
 
 
-def _models(pairs: Mapping[str, Pair], task: Task) -> Iterator[tuple[str, ModelRef]]:
+def _models(
+    pairs: Mapping[str, Pair], task: Task, workload: Workload, scratch: Path
+) -> Iterator[tuple[str, ModelRef]]:
     for edge, pair in pairs.items():
-        torch_corner, onnx_corner = EDGES[edge]
-        yield torch_corner, ModelRef("torch", pair.model, task.name)
-        yield torch_corner, ModelRef("torch", pair.model, task.name, "float64")
+        torch, onnx = EDGES[edge]
+        # Every new token would read a streamed model once more.
+        whole = bool(workload.generations) and not pair.cuts
+        runtime = "torch" if whole else "torch-streamed"
+        yield torch, ModelRef(runtime, pair.model, task.name, cuts=pair.cuts)
+        yield torch, ModelRef("torch-streamed", pair.model, task.name, "float64", cuts=pair.cuts)
         yield (
-            onnx_corner,
-            ModelRef("onnxruntime", pair.onnx, task.name, initializers=pair.initializers),
+            onnx,
+            ModelRef(
+                "onnxruntime-streamed" if pair.cuts else "onnxruntime",
+                pair.onnx,
+                task.name,
+                initializers=pair.initializers,
+                cuts=pair.cuts,
+                given=_folder(scratch, torch, "float32") if pair.cuts else None,
+            ),
         )
+
+
+def _folder(scratch: Path, corner: str, dtype: str) -> Path:
+    return scratch / f"{corner}-{dtype}"
 
 
 def _job(model: ModelRef, workload: Workload, folder: Path, reference: bool) -> Job:

@@ -12,10 +12,10 @@ from surgery.arch import Architecture, Role
 from surgery.errors import NothingCompared
 from surgery.export.lineage import Lineage
 from surgery.localize.boundaries import Boundary, find_boundaries, output_of, owners_of
-from surgery.localize.graphs import segment
 from surgery.localize.operators import Operator, Operators
 from surgery.localize.result import LIMIT, Fault, Localization, Row
 from surgery.localize.runs import Arrays, Runs
+from surgery.runtimes.segments import segment
 
 Found = tuple[Boundary, Fault]
 
@@ -174,7 +174,7 @@ class Search:
 
     def _within(self, boundary: Boundary, given: Mapping[str, Any]) -> tuple[str, ...]:
         """The experts whose weights are read before a boundary and after those before it."""
-        nodes = segment(self._model, boundary.value, set(given))
+        nodes = segment(self._model, [boundary.value], set(given))
         read = {name for node in nodes for name in node.input}
         owners = [role for name, role in self._owners.items() if name in read]
         experts = {f"{r.role}.{r.layer}" for r in owners if "expert" in r.role}

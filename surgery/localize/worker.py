@@ -104,16 +104,16 @@ def _reference(job: dict[str, Any], inputs: Arrays) -> Arrays:
     from onnx.external_data_helper import load_external_data_for_model
 
     from surgery.export import onnxfile
-    from surgery.localize.graphs import extract
     from surgery.runtimes import graph
     from surgery.runtimes.reference import evaluator
+    from surgery.runtimes.segments import extract
 
     path, folder = Path(job["model"]), Path(job["initializers"])
     model = onnxfile.read(path, folder)
     signature = graph.signature(model, find_task(job["task"]).output, str(path))
     with np.load(job["given"], allow_pickle=False) as archive:
         given = {name: archive[name] for name in archive.files}
-    part = extract(model, job["value"], given)
+    part = extract(model, [job["value"]], given)
     load_external_data_for_model(part, str(folder))
     fed = graph.feed(signature.ports, signature.roles, inputs) | given
     names = {port.name for port in part.graph.input}

@@ -21,7 +21,16 @@ from pydantic_core import core_schema
 
 from surgery.documents import SchemaOne, load_data, read_text, validate
 from surgery.errors import ReportError
-from surgery.evidence import Conversion, Corner, Drift, Effect, Evidence, Finding, Interaction
+from surgery.evidence import (
+    Conversion,
+    Corner,
+    Drift,
+    Effect,
+    Evidence,
+    Finding,
+    Interaction,
+    LayerError,
+)
 from surgery.gate import Verdict, judge
 from surgery.policy import Policy
 from surgery.syntax import escape
@@ -122,6 +131,7 @@ class Report(BaseModel):
     findings: tuple[Annotated[Finding, _Row()], ...]
     compared: int
     covered_rows: int
+    layers: tuple[Annotated[LayerError, _Row()], ...] = ()
     policy: Policy
     environment: dict[str, str]
     inputs: dict[str, dict[str, JsonValue]]

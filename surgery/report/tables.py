@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.evidence import CORNERS, Conversion, Effect, Finding
+from surgery.evidence import CORNERS, Conversion, Effect, Finding, LayerError
 from surgery.report.model import Report
 from surgery.syntax import printable
 
@@ -81,6 +81,7 @@ def tables(report: Report) -> list[Table]:
         _conversion(report.conversion),
         _worst(report.conversion),
         _interaction(report),
+        _layers(report.layers),
         _corners(report),
         _policy(report),
         _inputs(report),
@@ -207,6 +208,16 @@ def _interaction(report: Report) -> Table:
     )
     spare, names = ("noise", "‖E‖", "‖I‖"), ("set", "output")
     return _table("Interaction", headers, rows, 2, 3, 4, 5, 6, 7, spare=spare, names=names)
+
+
+def _layers(layers: Iterable[LayerError]) -> Table:
+    """Errors of the parts of a streamed model, in units of the noise."""
+    headers = ("edge", "from", "to", "noise", "introduced/noise", "propagated/noise")
+    rows = (
+        (e.edge, e.begin, e.end, *map(number, (e.noise, e.introduced, e.propagated)))
+        for e in layers
+    )
+    return _table("Layers", headers, rows, 3, 4, 5, spare=("noise",), names=("edge", "from", "to"))
 
 
 def _corners(report: Report) -> Table:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,17 +35,30 @@ class Generated:
     nonfinite: int
 
 
-def generate(runtime: Runtime, request: Generation) -> Generated:
-    """Argmax of the last position's logits, the first index on ties."""
-    if not all(request.prompts):
+def generate(runtime: Runtime, requests: Sequence[Generation]) -> list[Generated]:
+    """Argmax of the last position's logits, the first index on ties; for each request in order."""
+    if not all(prompt for request in requests for prompt in request.prompts):
         raise ValueError("a prompt to continue must hold at least one token")
-    tokens: list[tuple[int, ...]] = []
-    nonfinite = 0
-    for group in _groups(request.prompts):
-        found = _generate_group(runtime, group, request)
-        tokens += found.tokens
-        nonfinite += found.nonfinite
-    return Generated(tuple(tokens), nonfinite)
+    found: dict[tuple[int, int], Generated] = {}
+
+    def run(place: tuple[int, int], group: tuple[tuple[int, ...], ...]) -> None:
+        found[place] = _generate_group(runtime, group, requests[place[0]])
+
+    places = {
+        (number, index): group
+        for number, request in enumerate(requests)
+        for index, group in enumerate(_groups(request.prompts))
+    }
+    runtime.together([partial(run, place, group) for place, group in places.items()])
+    return [
+        _joined([found[place] for place in places if place[0] == number])
+        for number in range(len(requests))
+    ]
+
+
+def _joined(groups: list[Generated]) -> Generated:
+    tokens = tuple(row for group in groups for row in group.tokens)
+    return Generated(tokens, sum(group.nonfinite for group in groups))
 
 
 def _groups(prompts: tuple[tuple[int, ...], ...]) -> Iterator[tuple[tuple[int, ...], ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,28 @@ from numpy.typing import NDArray
 Arrays = dict[str, NDArray[Any]]
 IdArrays = Mapping[str, NDArray[np.int64]]
 
+PART = "part"
+"""The output of `infer` that is what the last part of a streamed graph makes of PyTorch's values
+before it."""
+
+STREAM, INTRODUCED = "stream", "introduced"
+
+
+def stream_file(kind: str, batch: int, cut: int) -> str:
+    """Where a batch's residual stream at a cut is kept: the model's own (`STREAM`), or what one
+    part makes of PyTorch's (`INTRODUCED`)."""
+    return f"{kind}-{batch}-{cut}.npy"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a model comes apart: at the residual stream that the norm `role` of `layer` reads,
+    None after the last; `value` is its name in the ONNX graph."""
+
+    value: str
+    role: str
+    layer: int | None
+
 
 @dataclass(frozen=True)
 class ModelRef:
@@ -22,7 +44,8 @@ class ModelRef:
     runtime: a name of `RUNTIMES`; path: a checkpoint folder for `torch`, an .onnx file for the
     others; task: a name of `surgery.export.TASKS`; dtype: what `torch` computes in, `float32` or
     `float64` (the reference); initializers: another folder than the file's own in which the
-    .onnx file's external data lies.
+    .onnx file's external data lies; cuts: where a streamed model comes apart, in order; given: a
+    folder of PyTorch's values at the cuts, from which each part of an .onnx file is run too.
     """
 
     runtime: str
@@ -30,6 +53,8 @@ class ModelRef:
     task: str
     dtype: str = "float32"
     initializers: Path | None = None
+    cuts: tuple[Cut, ...] = ()
+    given: Path | None = None
 
 
 class Runtime(ABC):
@@ -56,6 +81,12 @@ class Runtime(ABC):
     @abstractmethod
     def embedding(self, ids: NDArray[np.int64]) -> NDArray[Any]:
         """Rows [n, d] of the token embedding for ids [n]: the value right after the lookup."""
+
+    def together(self, tasks: Sequence[Callable[[], None]], streams: Path | None = None) -> None:
+        """Runs tasks that call `infer`; a streamed model reads its weights once for all of them,
+        and keeps in the folder `streams` what crosses its cuts, by the number of the task."""
+        for task in tasks:
+            task()
 
     def infer(self, inputs: IdArrays, split: int = 0) -> Arrays:
         """Every output by name, for int64 [batch, length] inputs of one shape.

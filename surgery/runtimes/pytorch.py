@@ -28,14 +28,17 @@ class TorchRuntime(Runtime):
         self._task = find_task(model.task)
         if model.dtype not in ("float32", "float64"):
             raise ValueError(f"torch computes in float32 or float64, not {model.dtype}")
-        self.live = load_model(model.path, self._task, model.dtype)
         with quiet():
             import torch
 
         torch.set_num_threads(threads)
         self._torch = torch
+        self.live = self._load()
         if model.dtype == "float64":
             self.live.double()
+
+    def _load(self) -> Any:
+        return load_model(self.model.path, self._task, self.model.dtype)
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -55,7 +58,7 @@ class TorchRuntime(Runtime):
     def infer_impl(self, inputs: IdArrays, split: int) -> Arrays:
         feed = {name: self._torch.from_numpy(inputs[name]) for name in self.input_names}
         options = {"use_cache": self._task.cache} if self._task.causal else {}
-        with quiet(), self._torch.no_grad(), self._precision():
+        with self._quiet(), self._torch.no_grad(), self._precision():
             result = self.live(**feed, **options)
         outputs = {name: result[name].numpy() for name in (self._task.output, *self._pooled)}
         if self._task.cache:
@@ -68,6 +71,9 @@ class TorchRuntime(Runtime):
         weight = self.live.get_input_embeddings().weight
         rows: NDArray[Any] = weight.detach()[self._torch.from_numpy(ids)].numpy()
         return rows
+
+    def _quiet(self) -> AbstractContextManager[None]:
+        return quiet()
 
     def _precision(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.model.dtype == "float32" else widen(self._torch)

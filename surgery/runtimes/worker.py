@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from surgery.runtimes import RUNTIMES
 from surgery.runtimes.child import KEPT, batch_file, kept_file
 from surgery.runtimes.generate import Generation, generate
 from surgery.runtimes.graph import PRESENT
-from surgery.runtimes.interface import Arrays, ModelRef, Runtime
+from surgery.runtimes.interface import PART, Arrays, Cut, ModelRef, Runtime
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
@@ -24,10 +25,16 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     runtime = _load(job["model"], job["threads"])
     scratch = Path(job["scratch"])
     output = job["output"] or find_task(runtime.model.task).output
-    batches = [_run_batch(runtime, scratch, number, output) for number in range(job["batches"])]
+    batches: list[Any] = [None] * job["batches"]
+
+    def batch(number: int) -> None:
+        batches[number] = _run_batch(runtime, scratch, number, output)
+
+    tasks = [partial(batch, number) for number in range(job["batches"])]
+    runtime.together(tasks, streams=scratch)
     # Without its output a model cannot be continued; the batches say so already.
     able = not any(batch["problem"] for batch in batches)
-    generations = [_generate(runtime, request, able) for request in job["generations"]]
+    generations = _generate(runtime, job["generations"], able)
     problem = _embed(runtime, scratch / "embedding.npy", job)
     return {"batches": batches, "generations": generations, "embedding_problem": problem}
 
@@ -40,6 +47,8 @@ def _load(fields: dict[str, Any], threads: int) -> Runtime:
         fields["task"],
         fields["dtype"],
         Path(folder) if folder else None,
+        tuple(Cut(**cut) for cut in fields["cuts"]),
+        Path(fields["given"]) if fields["given"] else None,
     )
     return RUNTIMES[model.runtime](model, threads)
 
@@ -53,7 +62,11 @@ def _run_batch(runtime: Runtime, scratch: Path, number: int, output: str) -> dic
     problem = _problem(outputs, output, mask.shape, task.rows)
     if problem is None:
         row, column = selected.T
-        kept = {KEPT: outputs[output][row] if task.rows else outputs[output][row, column]}
+        kept = {
+            name: outputs[source][row] if task.rows else outputs[source][row, column]
+            for name, source in ((KEPT, output), (PART, PART))
+            if source in outputs
+        }
         if task.cache:
             kept |= {name: outputs[name][row, :, column] for name in _caches(outputs, mask.shape)}
         if task.pooled in outputs and outputs[task.pooled].shape[:1] == mask.shape[:1]:
@@ -71,6 +84,7 @@ def _run_batch(runtime: Runtime, scratch: Path, number: int, output: str) -> dic
             "padded": count_nonfinite(array, 1 - mask),
         }
         for name, array in outputs.items()
+        if name != PART
     ]
     return {"outputs": facts, "problem": problem}
 
@@ -113,13 +127,14 @@ def count_nonfinite(array: NDArray[Any], mask: NDArray[np.int64]) -> int:
     return int(bad.sum())
 
 
-def _generate(runtime: Runtime, request: dict[str, Any], able: bool) -> dict[str, Any]:
-    prompts = tuple(tuple(prompt) for prompt in request["prompts"])
+def _generate(runtime: Runtime, requests: list[dict[str, Any]], able: bool) -> list[dict[str, Any]]:
+    wanted = [
+        Generation(tuple(map(tuple, own["prompts"])), own["max_new_tokens"], tuple(own["eos"]))
+        for own in requests
+    ]
     if not able:
-        return {"tokens": [() for _ in prompts], "nonfinite": 0}
-    wanted = Generation(prompts, request["max_new_tokens"], tuple(request["eos"]))
-    found = generate(runtime, wanted)
-    return {"tokens": found.tokens, "nonfinite": found.nonfinite}
+        return [{"tokens": [() for _ in own.prompts], "nonfinite": 0} for own in wanted]
+    return [vars(found) for found in generate(runtime, wanted)]
 
 
 def _embed(runtime: Runtime, path: Path, job: dict[str, Any]) -> str | None:
