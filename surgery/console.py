@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from surgery.export.lineage import Lineage
     from surgery.localize import Localization
     from surgery.localize import Row as BoundaryRow
+    from surgery.localize.referees import Ruling
     from surgery.plan import Plan
 
 MAX_ROWS = 200
@@ -118,7 +119,16 @@ def localization_text(edge: str, found: Localization) -> str:
         lines.append(f"of another shape, not compared: {', '.join(found.left_out)}")
     if not found.faults:
         lines.append("no module brings an error in" if found.clean else f"not found: {found.note}")
-    return "\n".join([*lines, *(one_line(str(fault)) for fault in found.faults)])
+    for fault in found.faults:
+        lines += [one_line(str(fault)), *map(_ruled, fault.referees)]
+    return "\n".join(lines)
+
+
+def _ruled(ruling: Ruling) -> str:
+    """One referee: how far off it is there, in units of the noise, or why it gave nothing."""
+    mark = "right" if ruling.right else "wrong"
+    told = one_line(ruling.why) if ruling.ratio is None else f"{ruling.ratio:.3g}, {mark}"
+    return f"  {ruling.referee}: {told}"
 
 
 def _mark(row: BoundaryRow) -> str:

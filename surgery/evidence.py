@@ -11,6 +11,13 @@ from dataclasses import dataclass
 
 CORNERS = ("T_o", "T_e", "R_o", "R_e")
 EDGES = {"C_o": ("T_o", "R_o"), "C_e": ("T_e", "R_e")}
+EDITS = {"T": ("T_o", "T_e"), "R": ("R_o", "R_e")}
+PAIRS = {**EDGES, **EDITS}
+"""What is compared with what: each model with its conversion, and each edit in its runtime."""
+
+KL_LEVELS = ("0.1%", "1%", "5%", "10%", "median", "90%", "95%", "99%", "99.9%")
+DELTA_LEVELS = ("0.1%", "1%", "5%", "10%", "25%", "median", "75%", "90%", "95%", "99%", "99.9%")
+"""Percentiles that `Divergence` holds, from the lowest; `min` comes before them, `max` after."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,8 @@ class Finding:
     stage: where in the chain (`load`, `run`, `interface`, `embedding`, `lineage`, `conversion`,
     `interaction`, `preserve`, `target`, `coverage`); symptom: what kind (`crash`, `timeout`,
     `nan`, `missing output`, `shape`, `dtype`, `wrong value`, `stale tensor`, ...); site: which
-    corner, tensor, output or batch; value and limit: the number found and the one allowed.
+    corner, tensor, output or batch; value and limit: the number found and the one allowed;
+    operator: the kind of the operator at fault and how it differs, where that was found.
     """
 
     stage: str
@@ -29,6 +37,7 @@ class Finding:
     message: str
     value: float | None = None
     limit: float | None = None
+    operator: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,6 +155,64 @@ class LayerError:
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """How the next-token distributions of a pair (`PAIRS`, p then q) differ on one stimulus set.
+
+    `kl` is `metrics.summary.kl_table` of KL(p || q) in nats over `positions`. `flips` positions
+    have another most likely token; `near_ties` of them may be rounding (`metrics.flips`).
+    `perplexity` and `delta_p` are the tables of the text's own next tokens, of which there are
+    `tokens`; empty where there are none.
+    """
+
+    stimulus_set: str
+    pair: str
+    positions: int
+    kl: dict[str, float]
+    flips: int
+    near_ties: int
+    tokens: int
+    perplexity: dict[str, float]
+    delta_p: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Parting:
+    """Where the greedy responses of a pair part, on one stimulus set.
+
+    Of `responses` prompts, `parted` have unlike responses, `near_ties` of them at a token that
+    rounding may have turned. `first` and `median` are positions in the response, from 0, over
+    those that part; None where none does.
+    """
+
+    stimulus_set: str
+    pair: str
+    responses: int
+    parted: int
+    near_ties: int
+    first: int | None
+    median: float | None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What `confidence` leaves open about one number of a pair on one stimulus set.
+
+    `quantity`: `kl`, `log_ratio`, `flip_rate` or `real_flip_rate` of `Divergence`, `parted_rate`
+    of `Parting`, or the metric of an `Effect`, whose change in `"T"` or `"R"` it is. `count` texts
+    (of `flip_rate` and `real_flip_rate` positions) were measured; low <= estimate <= high.
+    """
+
+    quantity: str
+    stimulus_set: str
+    pair: str
+    count: int
+    confidence: float
+    estimate: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Everything one differential run measured. `faults` need no policy to be wrong."""
 
@@ -154,6 +221,9 @@ class Evidence:
     interaction: tuple[Interaction, ...] = ()
     effects: tuple[Effect, ...] = ()
     drift: tuple[Drift, ...] = ()
+    divergence: tuple[Divergence, ...] = ()
+    partings: tuple[Parting, ...] = ()
+    intervals: tuple[Interval, ...] = ()
     faults: tuple[Finding, ...] = ()
     compared: int = 0
     covered_rows: int = 0

@@ -18,6 +18,8 @@ The law:
    noise it is no yardstick, and noise alone judges.
 8. Preserve and target limits hold in PyTorch and in ONNX Runtime, each; a limit asked for but not
    measured fails, and so does one about an edit where no edited model was tested.
+9. Where the policy asks for confidence, a limit holds for the whole interval too, and A/A keeps to
+   it: `surgery.gate_behaviour`, which also has law 5 for the statistics of behaviour.
 
 A larger error never turns a fail into a pass (a property test holds the gate to that).
 """
@@ -31,15 +33,13 @@ from typing import Any
 
 from surgery.evidence import CORNERS, EDGES, Conversion, Drift, Effect, Evidence, Finding
 from surgery.evidence import Interaction as Measured
+from surgery.gate_behaviour import IMPOSSIBLE, judge_behaviour
 from surgery.policy import Policy, TargetRule
 
 PASS, FAIL, NOT_EVALUATED = "pass", "fail", "not_evaluated"
 
 EXIT_CODES = {PASS: 0, FAIL: 1, NOT_EVALUATED: 5}
 """What a command that judges exits with."""
-
-IMPOSSIBLE = "impossible"
-"""The symptom of evidence that no run can have measured."""
 
 UNCOVERED = "embedding not compared"
 
@@ -78,6 +78,7 @@ def judge(evidence: Evidence, policy: Policy) -> Verdict:
         return Verdict(NOT_EVALUATED, (_nothing_compared(evidence),))
     rules: tuple[Callable[[Evidence, Policy], Iterator[Finding]], ...]
     rules = (_coverage, _places, _runs, _conversion, _interaction, _numbers, _preserve, _target)
+    rules += (judge_behaviour,)
     found = [finding for rule in rules for finding in rule(evidence, policy)]
     findings = (*broken, *found)
     return Verdict(FAIL if findings else PASS, findings)

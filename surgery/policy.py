@@ -32,6 +32,8 @@ PRESERVE_MAX_FLIP_RATE: float | None = None
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Limit = Annotated[float, Field(allow_inf_nan=False, ge=0)]
 Share = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
+Confidence = Annotated[float, Field(allow_inf_nan=False, ge=0.5, le=0.99)]
+"""No more than 0.99: the tails of 10,000 resamples say nothing beyond."""
 
 
 class _Section(BaseModel):
@@ -68,6 +70,24 @@ class PreservePolicy(_Section):
     max_flip_rate: Share | None = Field(
         default=PRESERVE_MAX_FLIP_RATE, description="Share of positions whose top-1 token changes."
     )
+    max_real_flip_rate: Share | None = Field(
+        default=None, description="The same, without near-ties that rounding may have turned."
+    )
+    max_log_ratio: Limit | None = Field(
+        default=None,
+        description="|ln(PPL edited / PPL original)| of the texts: neither worse nor better.",
+    )
+    confidence: Confidence | None = Field(
+        default=None,
+        description="Every limit must also hold for the whole interval and for A/A.",
+    )
+
+    @model_validator(mode="after")
+    def _is_about_something(self) -> Self:
+        limits = self.model_dump(exclude={"confidence"}).values()
+        if self.confidence is not None and not any(limit is not None for limit in limits):
+            raise ValueError("confidence is of limits, and there is none; expected one")
+        return self
 
 
 class TargetRule(_Section):
@@ -77,6 +97,9 @@ class TargetRule(_Section):
     set: Literal["target", "preserve"] = "target"
     min_change: Number | None = Field(default=None, description="change >= this; may be negative.")
     max_change: Number | None = Field(default=None, description="change <= this; may be negative.")
+    confidence: Confidence | None = Field(
+        default=None, description="The rule must hold for the whole interval, widened by A/A."
+    )
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> Self:
@@ -96,6 +119,12 @@ class Policy(_Section):
     interaction: InteractionPolicy = InteractionPolicy()
     preserve: PreservePolicy = PreservePolicy()
     target: tuple[TargetRule, ...] = ()
+
+    @property
+    def confidences(self) -> set[float]:
+        """Those that a limit or a rule asks for."""
+        asked = (self.preserve.confidence, *(rule.confidence for rule in self.target))
+        return {confidence for confidence in asked if confidence is not None}
 
 
 BUILT_IN = Policy(schema=1)

@@ -229,7 +229,7 @@ def rank_one_cases() -> Iterator[Case]:
         yield Case(model, sae_edit("rank1"), "blocks.1.attn.hook_z", refused="hooks 'attn.hook_z'")
     for model in (*RESCALED, "bloom"):
         edit = sae_edit("rank1")
-        yield Case(model, edit, post, untie=True, refused="rank1 is not exact on")
+        yield Case(model, edit, post, untie=True, refused=NORMALISES)
 
 
 def neuron_cases() -> Iterator[Case]:

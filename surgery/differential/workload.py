@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from surgery.arch import Architecture
 from surgery.checkpoint import Checkpoint
 from surgery.errors import NothingCompared
 from surgery.export.tasks import Task
 from surgery.metrics import Metric, make_metric
+from surgery.metrics.intervals import LEVELS
 from surgery.metrics.line_metric import ANSWER as LANGUAGE
 from surgery.policy import Policy
 from surgery.runtimes.child import Generation
 from surgery.stimuli import Batch, Stimulus
+from surgery.stimuli.afford import afford, positions_for
 from surgery.stimuli.batches import (
     cache_batches,
     digest,
@@ -41,7 +44,8 @@ class Measure:
 
 @dataclass(frozen=True)
 class Workload:
-    """`responders[i]` are the ids of the stimuli that `generations[i]` continues, in order."""
+    """`responders[i]` are the ids of the stimuli that `generations[i]` continues, in order;
+    `left_out` says why a probe is not among the batches, or not in full."""
 
     stimuli: tuple[Stimulus, ...]
     batches: tuple[Batch, ...]
@@ -51,6 +55,8 @@ class Workload:
     tokenizer: Tokenizer | None
     vocab: int
     seed: int
+    confidences: tuple[float, ...] = LEVELS
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def of_set(self, name: str) -> tuple[Stimulus, ...]:
         return tuple(stimulus for stimulus in self.stimuli if stimulus.set == name)
@@ -62,6 +68,7 @@ class Workload:
             "seed": self.seed,
             "batches": len(self.batches),
             "positions": sum(len(batch.selected) for batch in self.batches),
+            **({"left_out": dict(self.left_out)} if self.left_out else {}),
         }
 
 
@@ -81,11 +88,8 @@ def make_workload(
     tokenizer = Tokenizer(model.root) if prompted or responding else None
     tokens = tokens_of(stimuli, tokenizer, vocab, positions)
     width = _position_bytes(arch, task) // 2
-    batches = [*prompt_batches(stimuli, tokens, width), *probe_batches(vocab, positions, seed)]
-    if task.causal:
-        batches += position_batches(vocab, positions, seed)
-    if task.cache:
-        batches += cache_batches(vocab, positions, seed)
+    probes = afford(_probes(task, vocab, positions, seed), positions_for(_parameters(model)))
+    batches = [*prompt_batches(stimuli, tokens, width), *probes.batches]
     if not batches:
         raise NothingCompared("there is no input to compare on")
     # A text has one row of classes, whichever of its positions is asked for.
@@ -106,7 +110,24 @@ def make_workload(
         tokenizer,
         vocab,
         seed,
+        tuple(sorted({*LEVELS, *policy.confidences})),
+        probes.left_out,
     )
+
+
+def _probes(task: Task, vocab: int, positions: int, seed: int) -> list[Batch]:
+    """Every probe of the task, those first that tell most where not all can run: caches, for
+    their first parts are runs without a cache, and of positions the last."""
+    found = list(cache_batches(vocab, positions, seed)) if task.cache else []
+    found += probe_batches(vocab, positions, seed)
+    if task.causal:
+        found += reversed(list(position_batches(vocab, positions, seed)))
+    return found
+
+
+def _parameters(model: Checkpoint) -> int:
+    """Elements of all tensors: an upper bound, since a lookup and idle experts compute nothing."""
+    return sum(math.prod(info.shape) for info in model.tensors.values())
 
 
 def _position_bytes(arch: Architecture, task: Task) -> int:

@@ -66,6 +66,13 @@ class Operator:
             return f"{node}, whose weight is not {', '.join(map(quote, self.tensors))}"
         return f"{node}, {self.reason}" if self.reason else node
 
+    @property
+    def told(self) -> str:
+        """The kind and how it differs, without a name; nothing where it is but suspected."""
+        if not (self.confirmed or self.tensors):
+            return ""
+        return str(self).replace(f" {quote(self.name or self.value)}", "", 1)
+
     @classmethod
     def of(cls, node: Any, value: str, **told: Any) -> Operator:
         return cls(node.name, node.op_type, tuple(node.input), value, **told)

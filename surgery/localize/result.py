@@ -9,11 +9,13 @@ from typing import Any
 from surgery.errors import quote
 from surgery.evidence import Finding
 from surgery.localize.operators import Operator
+from surgery.localize.referees import Ruling
 
 LIMIT = 8.0
 """Errors are told in units of noise; the built-in policy allows a conversion this many."""
 
 _MEANING = {
+    "capture": "the program that torch.export captures of the model gives that same wrong value",
     "translate": "the graph says something else than the model",
     "optimise": "ONNX Runtime gets it right with optimisations off",
     "kernel": "ONNX Runtime computes an operator otherwise than ONNX defines it",
@@ -45,9 +47,11 @@ class Fault:
     """A module that brings an error in.
 
     `also`: the other boundaries where the same cause does, in other layers mostly; `confirmed`:
-    with PyTorch's values at all of these, nothing else is wrong; `stage` is `translate`,
-    `optimise` or `kernel`: what of the conversion is at fault; `operator` where it was found;
-    `within`: modules that have no boundary of their own, experts, and lie before this one.
+    with PyTorch's values at all of these, nothing else is wrong; `stage` is `capture`,
+    `translate`, `optimise` or `kernel`: what of the conversion is at fault; `operator` where it
+    was found; `within`: modules that have no boundary of their own, experts, and lie before this
+    one; `referees`: who else got this boundary right, in the order of the conversion; `note`: what
+    narrows the stage down, or keeps it from being certain.
     """
 
     site: str
@@ -57,16 +61,27 @@ class Fault:
     operator: Operator | None
     also: tuple[str, ...] = ()
     within: tuple[str, ...] = ()
+    referees: tuple[Ruling, ...] = ()
+    note: str = ""
 
     def __str__(self) -> str:
         where = f"{self.site} and {', '.join(self.also)}" if self.also else self.site
         inside = f" (within {', '.join(self.within)})" if self.within else ""
         node = f" at {self.operator}" if self.operator else ""
         sure = "is confirmed" if self.confirmed else "is not confirmed"
+        meaning = "; ".join(filter(None, (_MEANING[self.stage], self.note)))
         return (
             f"the error comes in at {where}{inside}{node}, {self.introduced:.3g} times the noise "
-            f"({_MEANING[self.stage]}); it {sure} by putting PyTorch's value there"
+            f"({meaning}); it {sure} by putting PyTorch's value there"
         )
+
+    @property
+    def ruled(self) -> str:
+        """The referees that got it right and those that did not."""
+        right = [ruling.referee for ruling in self.referees if ruling.right]
+        wrong = [ruling.referee for ruling in self.referees if ruling.wrong]
+        sides = (("right", right), ("wrong", wrong))
+        return "; ".join(f"{word} in {', '.join(names)}" for word, names in sides if names)
 
 
 @dataclass(frozen=True)
@@ -96,8 +111,10 @@ class Localization:
         """The faults as findings about `corner`, R_o or R_e; where there is none, why."""
         for fault in self.faults:
             site = f"{corner}/{fault.site}"
-            message = f"{corner}: {fault}, on {quote(self.batch)}"
-            yield Finding(fault.stage, "introduced error", site, message, fault.introduced, LIMIT)
+            ruled = f"; {fault.ruled}" if fault.ruled else ""
+            message = f"{corner}: {fault}, on {quote(self.batch)}{ruled}"
+            kind, told = "introduced error", fault.operator.told if fault.operator else ""
+            yield Finding(fault.stage, kind, site, message, fault.introduced, LIMIT, told)
         if self.note and not self.faults:
             message = f"{corner}: where the error comes in was not found: {self.note}"
             yield Finding("localize", "not found", corner, message)

@@ -13,6 +13,7 @@ from surgery.errors import NothingCompared
 from surgery.export.lineage import Lineage
 from surgery.localize.boundaries import Boundary, find_boundaries, output_of, owners_of
 from surgery.localize.operators import Operator, Operators
+from surgery.localize.referees import Case, Panel, referees
 from surgery.localize.result import LIMIT, Fault, Localization, Row
 from surgery.localize.runs import Arrays, Runs
 from surgery.runtimes.segments import segment
@@ -51,7 +52,7 @@ class Search:
         forced = self._runs.onnx(self._values(), given)
         rows = tuple(self._rows(free, forced))
         guilty = [b for b, row in zip(self._edges(), rows, strict=True) if row.guilty]
-        faults = tuple(grouped(self._faults(guilty, rows, given)))
+        faults = tuple(grouped(self._faults(guilty, rows, given, forced)))
         left_out = tuple(b.site for b in self._boundaries if b not in self._comparable)
         note = self._note(rows, faults)
         return Localization(rows, faults, self._runs.batch.name, left_out, note)
@@ -123,26 +124,36 @@ class Search:
         return array[mask] if array.shape[:2] == mask.shape else array
 
     def _faults(
-        self, guilty: list[Boundary], rows: tuple[Row, ...], given: Mapping[str, NDArray[Any]]
+        self,
+        guilty: list[Boundary],
+        rows: tuple[Row, ...],
+        given: Mapping[str, NDArray[Any]],
+        forced: Arrays,
     ) -> Iterator[Found]:
         if not guilty:
             return
         self._progress("confirmation")
         introduced = {row.site: row.introduced for row in rows}
         healed = self._healed(guilty, given)
+        panel = self._panel(guilty, given, forced)
         every = (*self._boundaries, self._output)
         operators = Operators(self._runs, self._arch, self._model, every, given, self._lineage)
         for boundary in guilty:
             self._progress(f"operator at {boundary.site}")
+            operator = operators.find(boundary, self._judge(boundary))
+            self._progress(f"referees at {boundary.site}")
+            verdict = panel.judge(boundary, _explained(operator))
             yield (
                 boundary,
                 Fault(
                     boundary.site,
                     introduced[boundary.site],
                     healed,
-                    self._stage(boundary, given),
-                    operators.find(boundary, self._judge(boundary)),
+                    verdict.stage,
+                    operator,
                     within=self._within(boundary, given),
+                    referees=verdict.rulings,
+                    note=verdict.note,
                 ),
             )
 
@@ -163,14 +174,15 @@ class Search:
         noise = self._largest(own, wide)
         return lambda found: self._ratio(found, own, noise) <= LIMIT
 
-    def _stage(self, boundary: Boundary, given: Mapping[str, NDArray[Any]]) -> str:
-        """What of the conversion is at fault, by who else gets it right: nothing optimised, or
-        the onnx package's own definitions of the operators."""
-        right, value = self._judge(boundary), boundary.value
-        if right(self._runs.onnx([value], given, optimised=False)[value]):
-            return "optimise"
-        found = self._runs.reference(value, given).get(value)
-        return "kernel" if found is not None and right(found) else "translate"
+    def _panel(
+        self, guilty: list[Boundary], given: Mapping[str, NDArray[Any]], forced: Arrays
+    ) -> Panel:
+        case = Case(self._runs, tuple(self._edges()), self._torch, given, forced)
+        return Panel(case, referees(), guilty, self._apart, LIMIT)
+
+    def _apart(self, boundary: Boundary, one: NDArray[Any], other: NDArray[Any]) -> float:
+        noise = self._largest(self._torch[boundary.site], self._wide[boundary.site])
+        return self._ratio(one, other, noise)
 
     def _within(self, boundary: Boundary, given: Mapping[str, Any]) -> tuple[str, ...]:
         """The experts whose weights are read before a boundary and after those before it."""
@@ -179,6 +191,12 @@ class Search:
         owners = [role for name, role in self._owners.items() if name in read]
         experts = {f"{r.role}.{r.layer}" for r in owners if "expert" in r.role}
         return tuple(sorted(experts))
+
+
+def _explained(operator: Operator | None) -> str:
+    """Why no capture can be at fault: it is made of a config, which holds no weight."""
+    named = operator is not None and operator.tensors
+    return "a weight is not the checkpoint's" if named else ""
 
 
 def grouped(found: Iterable[Found]) -> Iterator[Fault]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass, replace
 from os import PathLike
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
@@ -24,16 +24,20 @@ from surgery.errors import ReportError
 from surgery.evidence import (
     Conversion,
     Corner,
+    Divergence,
     Drift,
     Effect,
     Evidence,
     Finding,
     Interaction,
+    Interval,
     LayerError,
+    Parting,
 )
 from surgery.gate import Verdict, judge
 from surgery.policy import Policy
 from surgery.syntax import escape
+from surgery.taxonomy import Issue, issues
 
 MAX_BYTES = 64 << 20
 
@@ -127,8 +131,12 @@ class Report(BaseModel):
     interaction: tuple[Annotated[Interaction, _Row()], ...]
     effects: tuple[Annotated[Effect, _Row()], ...]
     drift: tuple[Annotated[Drift, _Row()], ...]
+    divergence: tuple[Annotated[Divergence, _Row()], ...] = ()
+    partings: tuple[Annotated[Parting, _Row()], ...] = ()
+    intervals: tuple[Annotated[Interval, _Row()], ...] = ()
     faults: tuple[Annotated[Finding, _Row()], ...]
     findings: tuple[Annotated[Finding, _Row()], ...]
+    issues: tuple[Annotated[Issue, _Row()], ...]
     compared: int
     covered_rows: int
     layers: tuple[Annotated[LayerError, _Row()], ...] = ()
@@ -154,6 +162,7 @@ class Report(BaseModel):
             "schema": 1,
             "verdict": verdict.verdict,
             "findings": verdict.findings,
+            "issues": _issues(verdict.findings),
             "policy": policy.model_dump(by_alias=True),
             "environment": environment,
             "inputs": inputs,
@@ -183,6 +192,11 @@ def load_report(path: str | PathLike[str]) -> Report:
     return report
 
 
+def _issues(findings: Iterable[Finding]) -> tuple[Issue, ...]:
+    """Of names as the file spells them, so that they are the same when it is read back."""
+    return issues(replace(f, site=plain(f.site), operator=plain(f.operator)) for f in findings)
+
+
 def _check_verdict(report: Report, name: str) -> None:
     said = judge(report.evidence(), report.policy)
     if report.verdict != said.verdict:
@@ -193,6 +207,10 @@ def _check_verdict(report: Report, name: str) -> None:
     if plain(report.findings) != plain(said.findings):
         raise ReportError(
             f"{name}: its findings are not what its evidence says; run diff or validate again"
+        )
+    if plain(report.issues) != plain(_issues(said.findings)):
+        raise ReportError(
+            f"{name}: its issues are not what its findings say; run diff or validate again"
         )
 
 

@@ -8,49 +8,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from surgery.evidence import CORNERS, Conversion, Effect, Finding, LayerError
+from surgery.report.behaviour import behaviour_tables
+from surgery.report.cells import ABSENT, Table, number, percent, signed
+from surgery.report.cells import make_table as _table
 from surgery.report.model import Report
-from surgery.syntax import printable
+from surgery.taxonomy import Issue
 
-ABSENT = "–"
 RUNTIMES = {"T": "PyTorch", "R": "ONNX Runtime"}
 HEADLINES = {"pass": "PASS", "fail": "FAIL", "not_evaluated": "NOT EVALUATED"}
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells; `numeric` holds the columns to align right.
-
-    Where there is no room, `spare` headers go first, in this order; `names` headers are over cells
-    that are never broken within a word.
-    """
-
-    title: str
-    headers: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    numeric: frozenset[int] = frozenset()
-    spare: tuple[str, ...] = ()
-    names: frozenset[str] = frozenset()
-
-
-def number(value: float | None) -> str:
-    """Three digits, or the whole part in full; `–` for what was not measured."""
-    if value is None:
-        return ABSENT
-    if not abs(value) < math.inf:
-        return "NaN" if math.isnan(value) else "∞" if value > 0 else "−∞"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if 1e3 <= abs(value) < 1e9:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
-
-
-def signed(value: float) -> str:
-    return ("+" if value > 0 else "") + number(value)
 
 
 def headline(report: Report) -> str:
@@ -76,12 +45,15 @@ def tables(report: Report) -> list[Table]:
     """Every table that has rows, the verdict's reasons first."""
     made = (
         _findings(report.findings),
+        _issues(report.issues),
         _effects(report.effects),
         _drift(report),
         _conversion(report.conversion),
         _worst(report.conversion),
         _interaction(report),
         _layers(report.layers),
+        *behaviour_tables(report),
+        _left_out(report),
         _corners(report),
         _policy(report),
         _inputs(report),
@@ -90,24 +62,19 @@ def tables(report: Report) -> list[Table]:
     return [table for table in made if table.rows]
 
 
-def _table(
-    title: str,
-    headers: tuple[str, ...],
-    rows: Iterable[Iterable[str]],
-    *numeric: int,
-    spare: tuple[str, ...] = (),
-    names: tuple[str, ...] = (),
-) -> Table:
-    shown = tuple(tuple(printable(cell, 600) for cell in row) for row in rows)
-    return Table(title, headers, shown, frozenset(numeric), spare, frozenset(names))
-
-
 def _findings(findings: Iterable[Finding]) -> Table:
     headers = ("stage", "symptom", "site", "value", "limit", "message")
     rows = (
         (f.stage, f.symptom, f.site, number(f.value), number(f.limit), f.message) for f in findings
     )
     return _table("Findings", headers, rows, 3, 4, spare=("limit", "value", "site"))
+
+
+def _issues(issues: Iterable[Issue]) -> Table:
+    headers = ("fingerprint", "stage", "symptom", "cause", "findings", "sites", "operator")
+    own = attrgetter(*headers[:4])
+    rows = ((*own(i), number(i.count), ", ".join(i.sites), i.operator) for i in issues)
+    return _table("Issues", headers, rows, 4, spare=("operator", "findings", "sites"))
 
 
 def _effects(effects: Iterable[Effect]) -> Table:
@@ -145,10 +112,6 @@ def _drift(report: Report) -> Table:
         for d in report.drift
     )
     return _table("Drift", headers, rows, 2, 3, 4)
-
-
-def percent(share: float) -> str:
-    return f"{share:.2%}" if math.isfinite(share) else number(share)
 
 
 def _conversion(conversion: Iterable[Conversion]) -> Table:
@@ -255,6 +218,13 @@ def _policy(report: Report) -> Table:
             if (value := getattr(rule, name)) is not None:
                 rows.append((f"{rule.set} {rule.metric} {name}", signed(value)))
     return _table("Policy", ("limit", "value"), rows, 1)
+
+
+def _left_out(report: Report) -> Table:
+    """Batches that did not run, or not in full, and why."""
+    said = report.inputs.get("workload", {}).get("left_out")
+    rows = ((name, str(why)) for name, why in said.items()) if isinstance(said, dict) else ()
+    return _table("Left out", ("batch", "why"), rows)
 
 
 def _inputs(report: Report) -> Table:

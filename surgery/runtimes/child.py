@@ -15,7 +15,7 @@ import surgery.errors
 from surgery import process
 from surgery.errors import EnvironmentFault, InputError, quote
 from surgery.process import Limits
-from surgery.runtimes.generate import Generated, Generation
+from surgery.runtimes.generate import Generated, Generation, RunnerUp
 from surgery.runtimes.interface import PART, ModelRef, stream_file
 from surgery.stimuli.interface import Batch
 
@@ -145,7 +145,11 @@ class Outcome:
     def generations(self) -> tuple[Generated, ...]:
         """What each requested `Generation` gave, in order."""
         return tuple(
-            Generated(tuple(tuple(row) for row in found["tokens"]), found["nonfinite"])
+            Generated(
+                tuple(tuple(row) for row in found["tokens"]),
+                found["nonfinite"],
+                tuple(tuple(RunnerUp(*one) for one in row) for row in found["runners"]),
+            )
             for found in self._result()["generations"]
         )
 

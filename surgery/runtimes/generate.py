@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,15 +25,25 @@ class Generation:
     eos: tuple[int, ...]
 
 
+class RunnerUp(NamedTuple):
+    """The second choice at one step: its token, how far its logit is behind the first, and the
+    larger size of both logits."""
+
+    token: int
+    gap: float
+    size: float
+
+
 @dataclass(frozen=True)
 class Generated:
-    """The new tokens of each prompt, an end token included.
+    """The new tokens of each prompt, an end token included, and the runner-up of each token.
 
     `nonfinite` counts prompts that stopped early because a logit was NaN or infinite.
     """
 
     tokens: tuple[tuple[int, ...], ...]
     nonfinite: int
+    runners: tuple[tuple[RunnerUp, ...], ...]
 
 
 def generate(runtime: Runtime, requests: Sequence[Generation]) -> list[Generated]:
@@ -57,8 +68,11 @@ def generate(runtime: Runtime, requests: Sequence[Generation]) -> list[Generated
 
 
 def _joined(groups: list[Generated]) -> Generated:
-    tokens = tuple(row for group in groups for row in group.tokens)
-    return Generated(tokens, sum(group.nonfinite for group in groups))
+    return Generated(
+        tuple(row for group in groups for row in group.tokens),
+        sum(group.nonfinite for group in groups),
+        tuple(row for group in groups for row in group.runners),
+    )
 
 
 def _groups(prompts: tuple[tuple[int, ...], ...]) -> Iterator[tuple[tuple[int, ...], ...]]:
@@ -70,6 +84,7 @@ def _generate_group(
     runtime: Runtime, prompts: tuple[tuple[int, ...], ...], request: Generation
 ) -> Generated:
     texts = [list(prompt) for prompt in prompts]
+    runners: list[list[RunnerUp]] = [[] for _ in texts]
     active, nonfinite = list(range(len(texts))), 0
     for _ in range(request.max_new_tokens):
         logits = runtime.infer(left_padded([texts[row] for row in active]))["logits"][:, -1, :]
@@ -80,13 +95,21 @@ def _generate_group(
                 continue
             token = int(np.argmax(scores))
             texts[row].append(token)
+            runners[row].append(runner_up(scores, token))
             if token not in request.eos:
                 going.append(row)
         active = going
         if not active:
             break
     new = (text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True))
-    return Generated(tuple(map(tuple, new)), nonfinite)
+    return Generated(tuple(map(tuple, new)), nonfinite, tuple(map(tuple, runners)))
+
+
+def runner_up(scores: NDArray[Any], first: int) -> RunnerUp:
+    """Which of the logits `scores` [vocab] comes next after token `first`."""
+    second = int(np.argmax(np.where(np.arange(len(scores)) == first, -np.inf, scores)))
+    a, b = float(scores[first]), float(scores[second])
+    return RunnerUp(second, a - b, max(abs(a), abs(b)))
 
 
 def left_padded(rows: list[list[int]]) -> dict[str, NDArray[np.int64]]:

@@ -81,7 +81,7 @@ def _run_batch(runtime: Runtime, scratch: Path, number: int, output: str) -> dic
             "dtype": str(array.dtype),
             "shape": list(array.shape),
             "nonfinite": count_nonfinite(array, mask),
-            "padded": count_nonfinite(array, 1 - mask),
+            "padded": count_nonfinite(array, padding(mask)),
         }
         for name, array in outputs.items()
         if name != PART
@@ -114,7 +114,7 @@ def count_nonfinite(array: NDArray[Any], mask: NDArray[np.int64]) -> int:
     """NaN and infinite values at positions with mask 1.
 
     The end of axis 2 is the length in a cache [batch, heads, length, size], else axis 1 in
-    [batch, length, …]; of outputs with neither, every element counts.
+    [batch, length, …]; of [batch, size] rows with such a position count, of others every element.
     """
     if array.dtype.kind not in "fc":
         return 0
@@ -124,7 +124,18 @@ def count_nonfinite(array: NDArray[Any], mask: NDArray[np.int64]) -> int:
         bad = bad[:, :, array.shape[2] - mask.shape[1] :].swapaxes(1, 2)[real]
     elif array.shape[:2] == mask.shape:
         bad = bad[real]
+    elif array.ndim == 2 and len(array) == len(mask):
+        bad = bad[real.any(axis=1)]
     return int(bad.sum())
+
+
+def padding(mask: NDArray[np.int64]) -> NDArray[np.int64]:
+    """1 where a row that has real positions is padded.
+
+    A row of nothing else is left out: its tokens may attend to none, and no two runtimes need
+    agree about the mean of nothing. Fused kernels give 0, a mask of minus infinity NaN.
+    """
+    return np.asarray((1 - mask) * mask.any(axis=1, keepdims=True), np.int64)
 
 
 def _generate(runtime: Runtime, requests: list[dict[str, Any]], able: bool) -> list[dict[str, Any]]:
@@ -133,7 +144,8 @@ def _generate(runtime: Runtime, requests: list[dict[str, Any]], able: bool) -> l
         for own in requests
     ]
     if not able:
-        return [{"tokens": [() for _ in own.prompts], "nonfinite": 0} for own in wanted]
+        nothing = [[() for _ in own.prompts] for own in wanted]
+        return [{"tokens": rows, "nonfinite": 0, "runners": rows} for rows in nothing]
     return [vars(found) for found in generate(runtime, wanted)]
 
 

@@ -42,7 +42,8 @@ def test_what_is_compared_is_counted(lab: Lab) -> None:
     """Every real position of prompts and probes, every logit, every embedding row."""
     evidence = lab.diff(lab.case("llama")).evidence()
     [row] = evidence.conversion
-    prompts, probes = 21, 1 + 5 + 5 * 13 + 2 * (17 + 12 + 7) + 64
+    holes, masked_row = 11 + 5 + 7, 7 + 0 + 5
+    prompts, probes = 21, 1 + 5 + 5 * 13 + 2 * (17 + 12 + 7) + holes + masked_row + 64
     assert row.positions == evidence.compared == prompts + probes
     assert row.elements == row.positions * 200
     assert evidence.covered_rows == 200

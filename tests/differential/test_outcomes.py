@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ def evidence(corners: dict[str, Outcome], references: dict[str, Outcome]) -> Evi
 
 
 def test_a_response_cut_short_by_nan_is_a_fault() -> None:
-    cut = outcome(generations=[{"tokens": [[5], []], "nonfinite": 1}])
-    [fault] = evidence({"R_o": cut}, {}).faults
+    cut = outcome(generations=[{"tokens": [[5], []], "nonfinite": 1, "runners": [[], []]}])
+    workload = replace(NOTHING, responders=(("a", "b"),))
+    [fault] = compare(Ran({"R_o": cut}, {}), workload, find_task("causal-lm")).faults
     assert (fault.stage, fault.symptom, fault.site) == ("run", "nan", "R_o/generation")
 
 

@@ -39,8 +39,8 @@ def variants(model: Path, onnx: Path, root: Path, causal: bool) -> Iterator[Vari
 def _unoptimised() -> AbstractContextManager[Any]:
     real = onnxruntime.open_session
 
-    def open_session(model: Any, folder: Path | None, threads: int, optimised: bool = True) -> Any:
-        return real(model, folder, threads, optimised=False)
+    def open_session(model: Any, folder: Path | None, threads: int, *more: Any) -> Any:
+        return real(model, folder, threads, "disabled")
 
     return patch.object(onnxruntime, "open_session", open_session)
 
