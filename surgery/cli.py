@@ -81,6 +81,13 @@ stream_option = click.option(
 )
 
 
+budget_option = click.option(
+    "--budget",
+    type=Seconds(min=0, min_open=True),
+    help="Seconds for all corners together; what is left goes to further probes.",
+)
+
+
 def pair_options(command: Any) -> Any:
     """What a differential run compares: a model and its ONNX file, and the edited ones."""
     for option in (
@@ -346,6 +353,8 @@ def lineage(model: Path, onnx: Path, json: bool) -> None:
 @seed_option
 @timeout_option
 @stream_option
+@budget_option
+@click.option("--batch", metavar="NAME", help="Run this batch of a report again, alone.")
 @click.option("--report", type=PATH, required=True, metavar="FILE", help="Where to write JSON.")
 def diff(report: Path, policy: Path | None, timeout: float, **options: Any) -> None:
     """Test a conversion, or with --edited all four corners.
@@ -377,6 +386,7 @@ def diff(report: Path, policy: Path | None, timeout: float, **options: Any) -> N
 @seed_option
 @timeout_option
 @stream_option
+@budget_option
 def validate(recipe: Path, output: Path, timeout: float, **options: Any) -> None:
     """Apply, export, test the four corners, report and judge.
 
@@ -488,6 +498,31 @@ def localize(timeout: float, json: bool, **options: Any) -> None:
     else:
         click.echo("\n\n".join(localization_text(edge, own) for edge, own in found.items()))
     sys.exit(0 if all(own.clean for own in found.values()) else 1)
+
+
+@cli.command()
+@pair_options
+@output_option
+@stimuli_option
+@task_option
+@seed_option
+@timeout_option
+@json_option
+def repro(output: Path, timeout: float, json: bool, **options: Any) -> None:
+    """Write a bundle for each fault that shows it by itself; exit 1 where there is one.
+
+    Example: surgery repro --model model/ --onnx model.onnx --output bundles/
+    """
+    from surgery.api import repro as run
+    from surgery.console import stages
+    from surgery.differential import Limits
+    from surgery.gate import EXIT_CODES
+    from surgery.repro import text
+
+    with stages() as progress:
+        found = run(output=output, limits=Limits(timeout), progress=progress, **options)
+    echo_json(found.to_json()) if json else click.echo(text(found, output))
+    sys.exit(EXIT_CODES[found.verdict])
 
 
 def terminal_text(report: Any, brief: bool = False) -> str:

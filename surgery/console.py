@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from surgery.export.lineage import Lineage
     from surgery.localize import Localization
     from surgery.localize import Row as BoundaryRow
+    from surgery.localize.edit import EditTrace
     from surgery.localize.referees import Ruling
     from surgery.plan import Plan
 
@@ -121,7 +122,19 @@ def localization_text(edge: str, found: Localization) -> str:
         lines.append("no module brings an error in" if found.clean else f"not found: {found.note}")
     for fault in found.faults:
         lines += [one_line(str(fault)), *map(_ruled, fault.referees)]
+    if found.edit is not None:
+        lines += ["", *_edit_lines(found.edit)]
     return "\n".join(lines)
+
+
+def _edit_lines(found: EditTrace) -> Iterator[str]:
+    """The interaction where it says something: the residual stream, and where the edit acts."""
+    from surgery.report.tables import sites_table
+
+    shown = sites_table(found.rows)
+    if shown.rows:
+        yield table(shown.headers, shown.rows)
+    yield one_line(str(found))
 
 
 def _ruled(ruling: Ruling) -> str:

@@ -107,6 +107,43 @@ class Interaction:
 
 
 @dataclass(frozen=True)
+class StimulusInteraction:
+    """As `Interaction`, of one stimulus; only the worst of a set are kept."""
+
+    stimulus_set: str
+    stimulus: str
+    effect: float
+    ratio: float
+    rho: float
+    noise_ratio: float
+
+
+@dataclass(frozen=True)
+class SiteInteraction:
+    """The interaction where a module of `layer` gives or takes its values, on one batch.
+
+    `effect`, `ratio` and `rho` are those of the four runs as they are, as in `Interaction`. The
+    same with `own_` before is of the one module before the site: all four models get the values
+    that PyTorch gives in the edited model, so that what an edit does elsewhere counts for nothing.
+    `own_noise_ratio` is that ||I|| over noise. `wrong`: the module makes something else of the
+    edit in ONNX Runtime; `word`: what (`survived`, `the edit was lost`, ...), empty where the
+    module's own effect is within noise.
+    """
+
+    site: str
+    layer: int | None
+    effect: float
+    ratio: float
+    rho: float
+    own_effect: float
+    own_ratio: float
+    own_rho: float
+    own_noise_ratio: float
+    wrong: bool
+    word: str
+
+
+@dataclass(frozen=True)
 class Effect:
     """One behaviour metric at every corner that ran, on one stimulus set."""
 
@@ -224,6 +261,8 @@ class Evidence:
     divergence: tuple[Divergence, ...] = ()
     partings: tuple[Parting, ...] = ()
     intervals: tuple[Interval, ...] = ()
+    stimuli: tuple[StimulusInteraction, ...] = ()
+    sites: tuple[SiteInteraction, ...] = ()
     faults: tuple[Finding, ...] = ()
     compared: int = 0
     covered_rows: int = 0

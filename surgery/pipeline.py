@@ -13,21 +13,32 @@ from surgery.apply import apply
 from surgery.arch import identify
 from surgery.checkpoint import Checkpoint, Staging
 from surgery.checkpoint.files import sha256_file
-from surgery.differential import DEFAULT_SEED, Limits, Pair, Workload, make_workload, measure
+from surgery.differential import (
+    DEFAULT_SEED,
+    Limits,
+    Pair,
+    Workload,
+    explore,
+    make_workload,
+    measure,
+    only,
+)
 from surgery.errors import InputError, NothingCompared
-from surgery.evidence import EDGES, Evidence
+from surgery.evidence import EDGES, Evidence, Finding
 from surgery.export import CACHED, Task, choose_task, export, export_graph, onnxfile
 from surgery.export.layouts.linked import links
 from surgery.export.lineage import Lineage, trace
-from surgery.gate import judge
+from surgery.gate import FAIL, judge
 from surgery.localize import LIMIT, Localization
 from surgery.localize import localize as find
+from surgery.localize.edit import EditTrace, trace_edit
 from surgery.localize.layers import introduced, streamed
 from surgery.localize.weights import stale_tensors
 from surgery.policy import BUILT_IN, Policy
 from surgery.process import one_line
 from surgery.record import environment
 from surgery.report import Report, render
+from surgery.repro import Conversion, Repros, write_bundles
 from surgery.runtimes.graph import has_cache
 from surgery.stimuli import Batch
 from surgery.stimuli.prompts import load_stimuli
@@ -58,19 +69,25 @@ def diff(
     progress: Progress = silent,
     root: Path | None = None,
     stream: bool = False,
+    budget: float | None = None,
+    batch: str | None = None,
 ) -> Report:
     """The differential test of checkpoint `model` and, where given, of `edited`.
 
     An ONNX file that is not given is exported to a temporary folder; one that has a key-value
-    cache is judged with it. With `stream` memory follows one layer and the embedding, whatever
-    the size of the model. The report names files inside `root` relative to it. Raises
-    `InputError` for anything given that cannot be used; whatever a corner does is in the report.
+    cache is judged with it. `budget`: seconds for all corners, spent on further probes; `batch`:
+    the one batch to run again, which is never a pass; `stream`: memory follows one layer and the
+    embedding, whatever the size of the model. The report names files inside `root` relative to
+    it. Raises `InputError` for anything given that cannot be used; whatever a corner does is in
+    the report.
     """
     given = _Given(model, onnx, edited, edited_onnx)
     with _prepared(given, stimuli, policy, task, seed, progress) as (pairs, asked, scratch):
+        if batch is not None:
+            asked = replace(asked, workload=only(asked.workload, batch))
         bounds = limits or Limits()
         place = root or scratch
-        return _report(pairs, asked, stimuli, policy, bounds, progress, place, stream=stream)
+        return _report(pairs, asked, stimuli, policy, bounds, progress, place, budget, stream)
 
 
 def localize(
@@ -97,11 +114,52 @@ def localize(
         evidence = measure(pairs, asked.task, asked.workload, bounds, progress)
         lineages = _lineages(pairs, progress)
         found = _localized(pairs, lineages, asked, evidence, bounds, progress)
+        if "C_e" in found:
+            edit = _traced(pairs, lineages, asked, evidence, bounds, progress)
+            found["C_e"] = replace(found["C_e"], edit=edit)
     missing = [edge for edge in pairs if edge not in found]
     if missing:
         reasons = "; ".join(fault.message for fault in evidence.faults) or "no output was kept"
         raise NothingCompared(f"{pairs[missing[0]].onnx}: nothing to localise: {reasons}")
     return found
+
+
+def repro(
+    model: Path,
+    output: Path,
+    *,
+    onnx: Path | None = None,
+    edited: Path | None = None,
+    edited_onnx: Path | None = None,
+    stimuli: Sequence[Path] = (),
+    policy: Policy = BUILT_IN,
+    task: str | None = None,
+    seed: int = DEFAULT_SEED,
+    limits: Limits | None = None,
+    progress: Progress = silent,
+) -> Repros:
+    """A bundle for each fault of the conversions, in a folder of the new folder `output` each;
+    none where the verdict is not fail.
+
+    Takes what `diff` takes, and raises what that does.
+    """
+    given, bounds = _Given(model, onnx, edited, edited_onnx), limits or Limits()
+    with _prepared(given, stimuli, policy, task, seed, progress) as (pairs, asked, scratch):
+        evidence = measure(pairs, asked.task, asked.workload, bounds, progress)
+        lineages = _lineages(pairs, progress)
+        evidence = replace(evidence, faults=(*stale_tensors(lineages, pairs), *evidence.faults))
+        verdict, found = judge(evidence, policy), dict[str, Localization]()
+        if verdict.verdict == FAIL:
+            found = _localized(pairs, lineages, asked, evidence, bounds, progress)
+        conversions = {
+            edge: Conversion(
+                edge, pair, asked.task, asked.workload, lineages[edge], found.get(edge)
+            )
+            for edge, pair in pairs.items()
+        }
+        sources = tuple(path for path in (model, edited) if path)
+        with Staging(output, sources) as staging:
+            return write_bundles(conversions, verdict, staging, scratch, bounds, progress)
 
 
 @dataclass(frozen=True)
@@ -166,6 +224,7 @@ def validate(
     allow_outside: bool = False,
     progress: Progress = silent,
     stream: bool = False,
+    budget: float | None = None,
 ) -> Report:
     """Applies `recipe` to `model`, exports both, tests the four corners and writes the report.
 
@@ -186,7 +245,7 @@ def validate(
             export(pair.model, pair.onnx.parent, task=asked.task.name)
         bounds = limits or Limits()
         report = _report(
-            pairs, asked, stimuli, policy, bounds, progress, staging.path, stream=stream
+            pairs, asked, stimuli, policy, bounds, progress, staging.path, budget, stream
         )
         staging.write(REPORT_JSON, render(report, "json").encode())
         staging.write(REPORT_HTML, render(report, "html").encode())
@@ -241,23 +300,30 @@ def _report(
     limits: Limits,
     progress: Progress,
     root: Path | None = None,
-    *,
-    stream: bool,
+    budget: float | None = None,
+    stream: bool = False,
 ) -> Report:
+    lineages: dict[str, Lineage] = {}
     if stream:
         lineages = _lineages(pairs, progress)
         pairs = {edge: streamed(pair, lineages[edge]) for edge, pair in pairs.items()}
-    evidence = measure(pairs, asked.task, asked.workload, limits, progress)
-    if not stream:
-        lineages = _lineages(pairs, progress)
-    evidence = replace(evidence, faults=(*stale_tensors(lineages), *evidence.faults))
+    found = explore(pairs, asked.task, asked.workload, policy, limits, progress, budget)
+    evidence, asked = found.evidence, replace(asked, workload=found.workload)
+    lineages = lineages or _lineages(pairs, progress)
+    evidence = replace(evidence, faults=(*stale_tensors(lineages, pairs), *evidence.faults))
     verdict = judge(evidence, policy)
-    if any(finding.stage == "conversion" for finding in verdict.findings):
-        if stream:
-            extra = list(introduced(evidence))
-        else:
-            found = _localized(pairs, lineages, asked, evidence, limits, progress)
-            extra = [f for edge, own in found.items() for f in own.findings(EDGES[edge][1])]
+    stages = {finding.stage for finding in verdict.findings}
+    extra: list[Finding] = []
+    if "conversion" in stages and stream:
+        extra += introduced(evidence)
+    elif "conversion" in stages:
+        places = _localized(pairs, lineages, asked, evidence, limits, progress)
+        extra += [f for edge, own in places.items() for f in own.findings(EDGES[edge][1])]
+    if "interaction" in stages and not stream:
+        traced = _traced(pairs, lineages, asked, evidence, limits, progress)
+        evidence = replace(evidence, sites=traced.rows)
+        extra += traced.findings()
+    if extra:
         evidence = replace(evidence, faults=(*extra, *evidence.faults))
         verdict = judge(evidence, policy)
     inputs = {
@@ -304,6 +370,30 @@ def _localized(
             wrong = any(max(row.ratio_l2, row.ratio_max) > LIMIT for row in rows)
             found[edge] = replace(own, note=_unseen(batch)) if own.clean and wrong else own
     return found
+
+
+def _traced(
+    pairs: Mapping[str, Pair],
+    lineages: Mapping[str, Lineage],
+    asked: _Asked,
+    evidence: Evidence,
+    limits: Limits,
+    progress: Progress,
+) -> EditTrace:
+    """What becomes of the edit in each module, on the batch whose interaction is the largest."""
+    if not evidence.stimuli:
+        return EditTrace((), "", "the interaction was not measured on any stimulus")
+    worst = max(evidence.stimuli, key=lambda row: row.noise_ratio).stimulus
+    batch = next(b for b in asked.workload.batches if worst in b.rows)
+
+    def report(stage: str) -> None:
+        progress(f"tracing the edit: {stage}")
+
+    with tempfile.TemporaryDirectory(prefix="surgery-edit-") as scratch:
+        try:
+            return trace_edit(pairs, asked.task, batch, lineages, Path(scratch), limits, report)
+        except Exception as error:  # whatever a search meets, what was measured stays
+            return EditTrace((), batch.name, f"{type(error).__name__}: {one_line(str(error))}")
 
 
 def _unseen(batch: Batch) -> str:

@@ -69,6 +69,7 @@ class Issue:
 
 STAGES = {
     "load": Stage.LOAD,
+    "capture": Stage.LOAD,
     "run": Stage.RUNTIME,
     "kernel": Stage.RUNTIME,
     "interface": Stage.EXPORT,
@@ -90,11 +91,12 @@ _CRASHES = ("crash", "timeout", "error")
 _UNCHECKED = (
     "not measured", "nothing compared", "missing corner", "embedding not compared", "impossible",
     "unreadable folder", "unreadable file", "malformed receipt", "malformed checkpoint",
-    "not certain",
+    "not certain", "A/A beyond limit", "one batch alone",
 )  # fmt: skip
 _WRONG = (
     "nan", "wrong value", "shape", "dtype", "missing output", "extra output", "introduced error",
-    "not found", "the edit was lost", "half lost", "applied twice", "drift", "too little change",
+    "not found", "the edit was lost", "half lost", "applied twice",
+    "the edit was changed", "drift", "too little change",
     "too much change", "stale tensor", "swapped", "wrong tensor", "transposed", "scaled",
     "truncated", "rounded", "shifted", "element", "row", "column", "quantised", "missing tensor",
     "false claim", "extra file", "missing file", "changed file", "changed input", "changed header",

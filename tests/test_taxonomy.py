@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import importlib
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 import surgery
 from surgery.evidence import Finding
 from surgery.export.lineage import diagnosis
-from surgery.gate import IMPOSSIBLE, RHO_NAMES, UNCOVERED
-from surgery.gate_behaviour import UNCERTAIN
+from surgery.gate import IMPOSSIBLE, RHO_NAMES
+from surgery.localize.edit import CHANGED
 from surgery.taxonomy import (
     STAGES,
     SYMPTOMS,
@@ -28,16 +29,14 @@ from surgery.taxonomy import (
 )
 
 SPOKEN = {
-    "fault.stage": {"translate", "optimise", "kernel", "interface", "run"},
+    "fault.stage": {"capture", "translate", "optimise", "kernel", "interface", "run"},
     "_stage(drift.stimulus_set)": {"preserve", "target"},
     "fault.symptom": set(diagnosis.SYMPTOMS),
     "corner.status": {"crash", "timeout", "error"},
     "outcome.status": {"crash", "timeout", "error"},
     "_symptom(bad)": {"nan", IMPOSSIBLE},
     "_symptom({name: drifted})": {"nan", IMPOSSIBLE},
-    "IMPOSSIBLE": {IMPOSSIBLE},
-    "UNCOVERED": {UNCOVERED},
-    "UNCERTAIN": {UNCERTAIN},
+    "named": {*RHO_NAMES.values(), CHANGED, "wrong value"},
     "name or 'wrong value'": {*RHO_NAMES.values(), "wrong value"},
     "kind": {"introduced error"},
     "stage": {"conversion", "interaction", "preserve", "target"},
@@ -52,10 +51,18 @@ def words(place: int) -> Iterator[str]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "Finding":
                 given = node.args[place]
-                if isinstance(given, ast.Constant):
-                    yield given.value
-                else:
-                    yield from SPOKEN[ast.unparse(given)]
+                yield from _meant(given, file)
+
+
+def _meant(given: ast.expr, file: Path) -> Iterable[str]:
+    """The words that an expression in a file can be."""
+    if isinstance(given, ast.Constant):
+        return [str(given.value)]
+    spoken = ast.unparse(given)
+    if spoken.isupper():
+        parts = file.relative_to(Path(surgery.__file__).parents[1]).with_suffix("").parts
+        return [getattr(importlib.import_module(".".join(parts)), spoken)]
+    return SPOKEN[spoken]
 
 
 def test_every_word_the_code_can_say_has_a_class() -> None:

@@ -3,10 +3,10 @@
 `bench_diff.py --work DIR [--optimum PYTHON] [--runs 3] [--only ROW]…`
 
 The models are Llama 1.1 B bf16, with `torch.onnx.export`'s file of it, and for the row `large` one
-of 8 B, made in DIR: 7 and 16 GB. The first stay there; the large one goes after its row. `--optimum`
-is a Python that has `optimum-onnx[onnxruntime]`; without it one is made in DIR, of packages from the
-index. Peak memory is the greatest sum of what a command and all its children have resident at one
-time, and that of the greatest process for itself.
+of 8 B, made in DIR: 7 and 16 GB. The first stay there, the large one goes after its row. PYTHON is
+one that has `optimum-onnx[onnxruntime]`; where none is named, an environment of its own is made in
+DIR, of packages from the index. Peak memory is the greatest sum of what a command and all its
+children have resident at one time, and that of the greatest process for itself.
 """
 
 from __future__ import annotations

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from surgery.differential.compare import compare
 from surgery.differential.corners import Pair, Progress, run_corners
-from surgery.differential.layers import layer_errors
+from surgery.differential.rounds import explore, only
 from surgery.differential.workload import DEFAULT_SEED, Workload, make_workload
 from surgery.evidence import Evidence
 from surgery.export.tasks import Task
 from surgery.runtimes.child import Limits
 
-__all__ = ["DEFAULT_SEED", "Limits", "Pair", "Progress", "Workload", "make_workload", "measure"]
+__all__ = [
+    "DEFAULT_SEED",
+    "Limits",
+    "Pair",
+    "Progress",
+    "Workload",
+    "explore",
+    "make_workload",
+    "measure",
+    "only",
+]
 
 
 def measure(
@@ -33,10 +42,4 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="surgery-diff-") as scratch:
         ran = run_corners(pairs, task, workload, Path(scratch), limits, progress)
         progress("comparison")
-        evidence = compare(ran, workload, task)
-        layers = (
-            row
-            for edge, pair in pairs.items()
-            for row in layer_errors(ran, workload.batches, pair.cuts, edge, task.output)
-        )
-        return replace(evidence, layers=tuple(layers))
+        return compare(ran, workload, task)

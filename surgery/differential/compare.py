@@ -13,7 +13,9 @@ from surgery.differential import caches
 from surgery.differential.behaviour import BehaviourSums, drifts
 from surgery.differential.corners import Ran
 from surgery.differential.effects import observe
+from surgery.differential.interactions import Interactions
 from surgery.differential.intervals import intervals
+from surgery.differential.layers import layer_errors
 from surgery.differential.responses import partings, responses_of, texts_of
 from surgery.differential.workload import Workload
 from surgery.errors import quote
@@ -24,10 +26,9 @@ from surgery.evidence import (
     Corner,
     Evidence,
     Finding,
-    Interaction,
 )
 from surgery.export.tasks import Task
-from surgery.metrics.distance import HALF_ULP, ConversionSums, InteractionSums
+from surgery.metrics.distance import HALF_ULP, ConversionSums
 from surgery.runtimes.child import Outcome, OutputFact
 from surgery.stimuli import Batch
 
@@ -40,7 +41,7 @@ class Sums:
 
     conversion: dict[str, ConversionSums] = field(default_factory=dict)
     caches: caches.Sums = field(default_factory=dict)
-    interaction: dict[str, InteractionSums] = field(default_factory=dict)
+    interaction: Interactions = field(default_factory=Interactions)
     behaviour: BehaviourSums = field(default_factory=BehaviourSums)
 
 
@@ -61,7 +62,8 @@ def compare(ran: Ran, workload: Workload, task: Task) -> Evidence:
     return Evidence(
         corners={name: _corner(name, outcome, workload) for name, outcome in ran.corners.items()},
         conversion=conversion,
-        interaction=tuple(_interaction(sums, task)),
+        interaction=tuple(sums.interaction.of_sets(task.output)),
+        stimuli=tuple(sums.interaction.of_stimuli()),
         effects=tuple(observed.effect() for observed in effects),
         drift=tuple(drifts(sums.behaviour)),
         divergence=tuple(sums.behaviour.rows()),
@@ -70,6 +72,7 @@ def compare(ran: Ran, workload: Workload, task: Task) -> Evidence:
         faults=tuple(faults),
         compared=sum(own.positions for own in sums.conversion.values()),
         covered_rows=_covered_rows(ran, workload),
+        layers=tuple(layer_errors(ran, workload.batches, task.output)),
     )
 
 
@@ -269,16 +272,9 @@ def _add_batch(sums: Sums, ran: Ran, batch: Batch, task: Task) -> None:
                 if task.cache or task.pooled:
                     outcomes = (ran.corners[t], ran.references[t], ran.corners[r])
                     caches.add(sums.caches, edge, batch.name, where, outcomes)
-        _add_interaction(sums, batch, kept, references)
+        sums.interaction.add(batch, kept, references)
         if task.causal:
             sums.behaviour.add(batch, kept, references, _dtypes(ran, batch, task))
-
-
-def _add_interaction(sums: Sums, batch: Batch, kept: Kept, references: Kept) -> None:
-    same = len({array.shape for array in kept.values()}) == 1
-    if same and set(kept) == set(CORNERS) and set(references) == {"T_o", "T_e"}:
-        own = sums.interaction.setdefault(batch.stimulus_set, InteractionSums())
-        own.add(kept, references)
 
 
 def _dtypes(ran: Ran, batch: Batch, task: Task) -> dict[str, str]:
@@ -324,17 +320,3 @@ def _conversion_row(
         ratio_position=own.ratio_position,
         worst=own.worst[1],
     )
-
-
-def _interaction(sums: Sums, task: Task) -> Iterator[Interaction]:
-    for stimulus_set, own in sums.interaction.items():
-        yield Interaction(
-            stimulus_set=stimulus_set,
-            output=task.output,
-            effect=own.effect.l2,
-            norm=own.interaction.l2,
-            ratio=own.ratio,
-            rho=own.rho,
-            noise=own.noise_l2,
-            noise_ratio=own.noise_ratio,
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from surgery.differential.workload import Workload
@@ -37,10 +37,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Ran:
-    """The outcome of every corner, and of the float64 reference of every PyTorch corner."""
+    """The outcome of every corner, and of the float64 reference of every PyTorch corner; `cuts`:
+    where the models of each edge were cut."""
 
     corners: Mapping[str, Outcome]
     references: Mapping[str, Outcome]
+    cuts: Mapping[str, tuple[Cut, ...]] = field(default_factory=dict)
 
 
 def run_corners(
@@ -50,22 +52,37 @@ def run_corners(
     scratch: Path,
     limits: Limits,
     progress: Progress,
+    earlier: Ran | None = None,
 ) -> Ran:
     """Runs both corners of every edge in `pairs` (`C_o`, `C_e`) and their references.
 
-    Raises the child's own `InputError` where a model file is bad; any other end is an outcome.
+    After an `earlier` run in the same `scratch`, what that gave and what this gives; a corner that
+    did not end well is not run again. Raises the child's own `InputError` where a model file is
+    bad; any other end is an outcome.
     """
     corners: dict[str, Outcome] = {}
     references: dict[str, Outcome] = {}
     for name, model in _models(pairs, task, workload, scratch):
         reference = model.dtype == "float64"
         progress(f"{name} in float64" if reference else name)
-        folder = _folder(scratch, name, model.dtype)
-        folder.mkdir()
-        outcome = run(_job(model, workload, folder, reference), limits)
-        outcome.raise_bad_input()
-        (references if reference else corners)[name] = outcome
-    return Ran(corners, references)
+        if reference:
+            found, before = references, earlier.references if earlier else {}
+        else:
+            found, before = corners, earlier.corners if earlier else {}
+        found[name] = _run(_job(model, workload, scratch, name), limits, before.get(name))
+    return Ran(corners, references, {edge: pair.cuts for edge, pair in pairs.items()})
+
+
+def _run(job: Job, limits: Limits, before: Outcome | None) -> Outcome:
+    if before is None:
+        job.scratch.mkdir()
+    elif before.status != "ok":
+        return before
+    else:
+        job = replace(job, first=len(before.names), embedding_rows=0)
+    outcome = run(job, limits)
+    outcome.raise_bad_input()
+    return before.then(outcome) if before else outcome
 
 
 def _models(
@@ -95,8 +112,9 @@ def _folder(scratch: Path, corner: str, dtype: str) -> Path:
     return scratch / f"{corner}-{dtype}"
 
 
-def _job(model: ModelRef, workload: Workload, folder: Path, reference: bool) -> Job:
-    if reference:
+def _job(model: ModelRef, workload: Workload, scratch: Path, name: str) -> Job:
+    folder = _folder(scratch, name, model.dtype)
+    if model.dtype == "float64":
         return Job(model, folder, workload.batches)
     return Job(
         model,

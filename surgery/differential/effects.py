@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,11 +151,10 @@ def _score_one(
     return (0.0, 0.0) if np.isnan(score) else (score, 1.0)
 
 
-def _by_text(tokens: Tokens, stimuli: tuple[Stimulus, ...]) -> Iterator[NDArray[Any]]:
+def _by_text(tokens: Tokens, stimuli: tuple[Stimulus, ...]) -> Iterator[NDArray[np.float64]]:
     """-log p of each stimulus's own tokens."""
-    values, names = tokens.all(), np.array(tokens.texts, dtype=object)
-    order = np.argsort(names.astype(str), kind="stable")
-    found, starts = np.unique(names[order].astype(str), return_index=True)
-    parts = dict(zip(found.tolist(), np.split(values[order], starts[1:]), strict=True))
+    found: dict[str, list[float]] = {}
+    for name, value in zip(tokens.texts, tokens.all().tolist(), strict=True):
+        found.setdefault(name, []).append(value)
     for stimulus in stimuli:
-        yield parts.get(stimulus.id, np.empty(0))
+        yield np.array(found.get(stimulus.id, ()), np.float64)

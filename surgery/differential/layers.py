@@ -38,14 +38,22 @@ class _Sums:
         self.propagated = max(self.propagated, _largest(own, wide))
 
 
-def layer_errors(
-    ran: Ran, batches: Sequence[Batch], cuts: Sequence[Cut], edge: str, output: str
+def layer_errors(ran: Ran, batches: Sequence[Batch], output: str) -> Iterator[LayerError]:
+    """Every part of every edge that was cut and whose corners all ran, in order."""
+    for edge, cuts in ran.cuts.items():
+        torch, onnx = EDGES[edge]
+        outcomes = [ran.corners[torch], ran.references[torch], ran.corners[onnx]]
+        if cuts and all(outcome.status == "ok" for outcome in outcomes):
+            yield from _of_edge(edge, outcomes, batches, cuts, output)
+
+
+def _of_edge(
+    edge: str,
+    outcomes: Sequence[Outcome],
+    batches: Sequence[Batch],
+    cuts: Sequence[Cut],
+    output: str,
 ) -> Iterator[LayerError]:
-    """Every part between two of `cuts`, in order, of an edge whose corners all ran."""
-    torch, onnx = EDGES[edge]
-    outcomes = [ran.corners[torch], ran.references[torch], ran.corners[onnx]]
-    if not cuts or any(outcome.status != "ok" for outcome in outcomes):
-        return
     names = [f"{cut.role}.{cut.layer}" if cut.layer is not None else cut.role for cut in cuts]
     for number, (begin, end) in enumerate(zip(["inputs", *names], [*names, output], strict=True)):
         sums = _Sums()

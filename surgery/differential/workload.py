@@ -25,6 +25,7 @@ from surgery.stimuli.batches import (
     prompt_batches,
     within_budget,
 )
+from surgery.stimuli.extra import Space
 from surgery.stimuli.prompts import Tokenizer, tokens_of
 
 OUTPUT_BUDGET = 256 << 20
@@ -44,8 +45,12 @@ class Measure:
 
 @dataclass(frozen=True)
 class Workload:
-    """`responders[i]` are the ids of the stimuli that `generations[i]` continues, in order;
-    `left_out` says why a probe is not among the batches, or not in full."""
+    """`responders[i]` are the ids of the stimuli that `generations[i]` continues, in order.
+
+    space: what probes of the model can be; parameters: how many it has; position_bytes: what the
+    outputs of one position take; budget: bytes of outputs to keep; left_out: why a batch does not
+    run, or not in full, by its name; alone: the batch that was asked for in place of all.
+    """
 
     stimuli: tuple[Stimulus, ...]
     batches: tuple[Batch, ...]
@@ -53,13 +58,33 @@ class Workload:
     generations: tuple[Generation, ...]
     responders: tuple[tuple[str, ...], ...]
     tokenizer: Tokenizer | None
-    vocab: int
-    seed: int
+    space: Space
     confidences: tuple[float, ...] = LEVELS
+    parameters: int = 0
+    position_bytes: int = 1
+    budget: int = 0
     left_out: Mapping[str, str] = field(default_factory=dict)
+    alone: str = ""
+
+    @property
+    def vocab(self) -> int:
+        return self.space.vocab
+
+    @property
+    def seed(self) -> int:
+        return self.space.seed
 
     def of_set(self, name: str) -> tuple[Stimulus, ...]:
         return tuple(stimulus for stimulus in self.stimuli if stimulus.set == name)
+
+    @property
+    def most_positions(self) -> int:
+        """Positions whose outputs one round can hold at once."""
+        return OUTPUT_BUDGET // self.position_bytes
+
+    def keep(self, batches: Sequence[Batch]) -> list[Batch]:
+        """`batches` with as many selected positions as there is room for."""
+        return within_budget(batches, self.position_bytes, self.budget, self.seed)
 
     def describe(self) -> dict[str, object]:
         """What names this workload in a report: digest, seed and sizes."""
@@ -68,6 +93,7 @@ class Workload:
             "seed": self.seed,
             "batches": len(self.batches),
             "positions": sum(len(batch.selected) for batch in self.batches),
+            "batch_sha256": {batch.name: digest([batch]) for batch in self.batches},
             **({"left_out": dict(self.left_out)} if self.left_out else {}),
         }
 
@@ -88,13 +114,14 @@ def make_workload(
     tokenizer = Tokenizer(model.root) if prompted or responding else None
     tokens = tokens_of(stimuli, tokenizer, vocab, positions)
     width = _position_bytes(arch, task) // 2
-    probes = afford(_probes(task, vocab, positions, seed), positions_for(_parameters(model)))
+    parameters = _parameters(model)
+    probes = afford(_probes(task, vocab, positions, seed), positions_for(parameters))
     batches = [*prompt_batches(stimuli, tokens, width), *probes.batches]
     if not batches:
         raise NothingCompared("there is no input to compare on")
     # A text has one row of classes, whichever of its positions is asked for.
     budget = 0 if task.rows else OUTPUT_BUDGET
-    kept = within_budget(batches, _position_bytes(arch, task), budget, seed)
+    kept = within_budget(batches, 2 * width, budget, seed)
     measures = tuple(_measures(stimuli, policy)) if task.causal else ()
     responders = _responders(stimuli, measures, tokens, tokenizer, positions)
     ends = _end_tokens(model)
@@ -108,9 +135,11 @@ def make_workload(
         ),
         tuple(responders.values()),
         tokenizer,
-        vocab,
-        seed,
+        Space(vocab, positions, task.causal, task.cache, seed),
         tuple(sorted({*LEVELS, *policy.confidences})),
+        parameters,
+        2 * width,
+        budget,
         probes.left_out,
     )
 

@@ -101,6 +101,14 @@ def load_skeleton(
     return made
 
 
+def as_captured(model: Any) -> Any:
+    """A model of `load_model` that computes experts as a skeleton does: a loop over those that
+    are chosen cannot be captured."""
+    if _has_experts(type(model)):
+        model.set_experts_implementation(model.get_correct_experts_implementation(None))
+    return model
+
+
 def forward_inputs(model: Any, task: Task) -> tuple[str, ...]:
     """The inputs of `task` that the model takes: ALiBi models have no use for positions."""
     parameters = inspect.signature(model.forward).parameters

@@ -18,10 +18,10 @@ from surgery.differential import Limits, Pair
 from surgery.export import onnxfile
 from surgery.export.lineage import Lineage
 from surgery.export.tasks import Task
-from surgery.localize.operators import Operator
 from surgery.localize.result import LIMIT, Fault, Localization, Row
 from surgery.localize.runs import Runs
 from surgery.localize.search import Search
+from surgery.localize.trial import Operator
 from surgery.stimuli import Batch
 
 __all__ = ["LIMIT", "Fault", "Localization", "Operator", "Row", "localize"]

@@ -42,11 +42,12 @@ def run_program(
     class Forced(torch.fx.Interpreter):
         def run_node(self, n: Any) -> Any:
             value = super().run_node(n)
-            if n not in sites:
+            own = given.get(sites.get(n, ""))
+            # Of a module with several results another one may be read on than is watched.
+            if n not in sites or (own is not None and own.size != value.numel()):
                 return value
-            kept[n] = value
-            own = given.get(sites[n])
-            return value if own is None else torch.from_numpy(own).reshape(value.shape)
+            kept[n] = value.clone()  # models add to some values in place
+            return value if own is None else value.new_tensor(own).reshape(value.shape)
 
     with torch.no_grad():
         outputs = Forced(program.graph_module).run(

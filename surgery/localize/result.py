@@ -8,8 +8,9 @@ from typing import Any
 
 from surgery.errors import quote
 from surgery.evidence import Finding
-from surgery.localize.operators import Operator
+from surgery.localize.edit import EditTrace
 from surgery.localize.referees import Ruling
+from surgery.localize.trial import Operator
 
 LIMIT = 8.0
 """Errors are told in units of noise; the built-in policy allows a conversion this many."""
@@ -47,11 +48,11 @@ class Fault:
     """A module that brings an error in.
 
     `also`: the other boundaries where the same cause does, in other layers mostly; `confirmed`:
-    with PyTorch's values at all of these, nothing else is wrong; `stage` is `capture`,
-    `translate`, `optimise` or `kernel`: what of the conversion is at fault; `operator` where it
-    was found; `within`: modules that have no boundary of their own, experts, and lie before this
-    one; `referees`: who else got this boundary right, in the order of the conversion; `note`: what
-    narrows the stage down, or keeps it from being certain.
+    with PyTorch's values at all of these, or at all modules of their kind, nothing else is wrong;
+    `stage` is `capture`, `translate`, `optimise` or `kernel`: what of the conversion is at fault;
+    `operator` where it was found; `within`: modules that have no boundary of their own, experts,
+    and lie before this one; `referees`: who else got this boundary right, in the order of the
+    conversion; `note`: what narrows the stage down, or keeps it from being certain.
     """
 
     site: str
@@ -89,7 +90,8 @@ class Localization:
     """Every boundary in the order the graph computes them, and what brings errors in.
 
     `left_out`: boundaries that could not be compared, for their shape; `note`: why nothing more
-    can be said, where that is so.
+    can be said, where that is so; `edit`: of an edited model, what becomes of the edit in each
+    module, where that was asked for.
     """
 
     rows: tuple[Row, ...]
@@ -97,12 +99,15 @@ class Localization:
     batch: str
     left_out: tuple[str, ...] = ()
     note: str = ""
+    edit: EditTrace | None = None
 
     @property
     def clean(self) -> bool:
-        """Whether something was compared and no boundary is off by more than the limit."""
+        """Whether something was compared, no boundary is off by more than the limit and no module
+        does with the edit what PyTorch does not."""
         right = all(row.error <= LIMIT for row in self.rows)
-        return bool(self.rows) and right and not self.faults and not self.note
+        survived = self.edit is None or self.edit.clean
+        return bool(self.rows) and right and survived and not self.faults and not self.note
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -12,10 +12,11 @@ from surgery.arch import Architecture, Role
 from surgery.errors import NothingCompared
 from surgery.export.lineage import Lineage
 from surgery.localize.boundaries import Boundary, find_boundaries, output_of, owners_of
-from surgery.localize.operators import Operator, Operators
+from surgery.localize.operators import Operators
 from surgery.localize.referees import Case, Panel, referees
 from surgery.localize.result import LIMIT, Fault, Localization, Row
 from surgery.localize.runs import Arrays, Runs
+from surgery.localize.trial import Operator
 from surgery.runtimes.segments import segment
 
 Found = tuple[Boundary, Fault]
@@ -37,7 +38,7 @@ class Search:
         named = [(row.name, row.tensors) for row in lineage.rows]
         self._owners: dict[str, Role] = owners_of(named, arch)
         self._boundaries = find_boundaries(model.graph, self._owners, arch)
-        self._output = output_of(runs.task.output, _output_value(model, runs.task.output))
+        self._output = output_of(runs.task.output, output_value(model, runs.task.output))
 
     def run(self) -> Localization:
         self._progress("PyTorch at every boundary")
@@ -158,16 +159,24 @@ class Search:
             )
 
     def _healed(self, guilty: list[Boundary], given: Mapping[str, NDArray[Any]]) -> bool:
-        """Whether nothing but the guilty values themselves is wrong any more."""
-        own = {b.value: given[b.value] for b in guilty if b.value in given}
-        reset = self._runs.onnx(self._values(), own)
-        others = [b for b in self._edges() if b not in guilty]
-        for boundary in others:
-            wide = self._wide[boundary.site]
-            noise = self._largest(self._torch[boundary.site], wide)
-            if self._ratio(reset[boundary.value], wide, noise) > LIMIT:
-                return False
-        return bool(others)
+        """Whether nothing is wrong any more with PyTorch's values at the guilty boundaries, or at
+        all of their kind: in another layer the same cause may stay below the limit by itself."""
+        kinds = {(b.role, b.side) for b in guilty}
+        alike = [b for b in self._edges() if b in guilty or (b.role, b.side) in kinds]
+        return self._right_with(guilty, given) or self._right_with(alike, given)
+
+    def _right_with(self, reset: list[Boundary], given: Mapping[str, NDArray[Any]]) -> bool:
+        """Whether every other boundary is right with PyTorch's values at those of `reset`."""
+        own = {b.value: given[b.value] for b in reset if b.value in given}
+        found = self._runs.onnx(self._values(), own)
+        others = [b for b in self._edges() if b not in reset]
+        return bool(others) and all(self._is_right(b, found[b.value]) for b in others)
+
+    def _is_right(self, boundary: Boundary, found: NDArray[Any]) -> bool:
+        """Whether a value of a run is PyTorch's to within the limit."""
+        wide = self._wide[boundary.site]
+        noise = self._largest(self._torch[boundary.site], wide)
+        return self._ratio(found, wide, noise) <= LIMIT
 
     def _judge(self, boundary: Boundary) -> Callable[[NDArray[Any]], bool]:
         own, wide = self._torch[boundary.site], self._wide[boundary.site]
@@ -220,7 +229,7 @@ def _cause(boundary: Boundary, fault: Fault) -> tuple[Any, ...]:
     return fault.stage, boundary.role, boundary.side, *kind
 
 
-def _output_value(model: Any, output: str) -> str:
+def output_value(model: Any, output: str) -> str:
     """What a ModelProto calls the task's output: by name, else the first of rank 3, which is
     what a run takes for it."""
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in model.graph.output}

@@ -55,15 +55,16 @@ def _exported(job: dict[str, Any], inputs: Arrays) -> Arrays:
     from surgery.arch import identify
     from surgery.checkpoint import Checkpoint
     from surgery.export import DEFAULT_OPSET
-    from surgery.export.load import load_model
+    from surgery.export.load import as_captured, load_model
     from surgery.export.quiet import quiet
     from surgery.export.trace import exported_program
     from surgery.localize.program import run_program
 
     path, task = Path(job["model"]), find_task(job["task"])
     boundaries = [Boundary(**fields) for fields in job["boundaries"]]
-    live, arch = load_model(path, task, "float32"), identify(Checkpoint.open(path))
+    arch = identify(Checkpoint.open(path))
     with quiet():
+        live = as_captured(load_model(path, task, "float32"))
         program = exported_program(live, task, DEFAULT_OPSET, path)
     return run_program(program, live, task, arch, boundaries, inputs, _arrays(job["given"]))
 

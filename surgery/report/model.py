@@ -33,6 +33,8 @@ from surgery.evidence import (
     Interval,
     LayerError,
     Parting,
+    SiteInteraction,
+    StimulusInteraction,
 )
 from surgery.gate import Verdict, judge
 from surgery.policy import Policy
@@ -134,6 +136,8 @@ class Report(BaseModel):
     divergence: tuple[Annotated[Divergence, _Row()], ...] = ()
     partings: tuple[Annotated[Parting, _Row()], ...] = ()
     intervals: tuple[Annotated[Interval, _Row()], ...] = ()
+    stimuli: tuple[Annotated[StimulusInteraction, _Row()], ...] = ()
+    sites: tuple[Annotated[SiteInteraction, _Row()], ...] = ()
     faults: tuple[Annotated[Finding, _Row()], ...]
     findings: tuple[Annotated[Finding, _Row()], ...]
     issues: tuple[Annotated[Issue, _Row()], ...]

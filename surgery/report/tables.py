@@ -11,7 +11,14 @@ from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
-from surgery.evidence import CORNERS, Conversion, Effect, Finding, LayerError
+from surgery.evidence import (
+    CORNERS,
+    Conversion,
+    Effect,
+    Finding,
+    LayerError,
+    SiteInteraction,
+)
 from surgery.report.behaviour import behaviour_tables
 from surgery.report.cells import ABSENT, Table, number, percent, signed
 from surgery.report.cells import make_table as _table
@@ -52,6 +59,8 @@ def tables(report: Report) -> list[Table]:
         _worst(report.conversion),
         _interaction(report),
         _layers(report.layers),
+        stimuli_table(report),
+        sites_table(report.sites),
         *behaviour_tables(report),
         _left_out(report),
         _corners(report),
@@ -183,6 +192,60 @@ def _layers(layers: Iterable[LayerError]) -> Table:
     return _table("Layers", headers, rows, 3, 4, 5, spare=("noise",), names=("edge", "from", "to"))
 
 
+MOST_STIMULI = 10
+MOST_SITES = 60
+STREAM = "stream before "
+
+
+def stimuli_table(report: Report) -> Table:
+    """The stimuli whose interaction is beyond noise, the worst first."""
+    headers = ("set", "stimulus", "‖E‖", "‖I‖/‖E‖", "ρ", "‖I‖/noise")
+    limit = report.policy.interaction.max_noise_ratio
+    beyond = [row for row in report.stimuli if not row.noise_ratio <= limit]
+    worst = sorted(beyond, key=lambda row: row.noise_ratio, reverse=True)[:MOST_STIMULI]
+    rows = (
+        (
+            row.stimulus_set,
+            row.stimulus,
+            *map(number, (row.effect, row.ratio)),
+            signed(row.rho),
+            number(row.noise_ratio),
+        )
+        for row in worst
+    )
+    return _table("Interaction by stimulus", headers, rows, 2, 3, 4, 5, spare=("‖E‖",))
+
+
+def sites_table(sites: Iterable[SiteInteraction]) -> Table:
+    """The residual stream, every module that the edit acts in, and whatever is wrong.
+
+    ‖E‖, ‖I‖/‖E‖ and ρ are of the runs as they are, those with "own" of the one module.
+    """
+    headers = ("layer", "site", "‖E‖", "‖I‖/‖E‖", "ρ", "own ‖E‖", "own ‖I‖/‖E‖", "own ρ", "edit")
+    shown = [row for row in sites if row.wrong or row.word or row.site.startswith(STREAM)]
+    shown.sort(key=lambda row: not row.wrong)
+    kept = {row.site for row in shown[:MOST_SITES]}
+    rows = (_site_cells(row) for row in sites if row.site in kept)
+    numeric, names = (2, 3, 4, 5, 6, 7), ("site",)
+    spare = ("own ‖E‖", "‖E‖")
+    return _table("Interaction by layer", headers, rows, *numeric, spare=spare, names=names)
+
+
+def _site_cells(row: SiteInteraction) -> tuple[str, ...]:
+    """No word and no share where the module itself does nothing beyond noise."""
+    acts = bool(row.word)
+    return (
+        "" if row.layer is None else str(row.layer),
+        row.site,
+        *map(number, (row.effect, row.ratio)),
+        signed(row.rho),
+        number(row.own_effect if acts else None),
+        number(row.own_ratio if acts else None),
+        signed(row.own_rho) if acts else number(None),
+        row.word or ("differs" if row.wrong else ""),
+    )
+
+
 def _corners(report: Report) -> Table:
     headers = ("corner", "runtime", "model", "status", "seconds", "peak MiB", "batches")
     named = ((name, report.corners[name]) for name in CORNERS if name in report.corners)
@@ -214,7 +277,7 @@ def _policy(report: Report) -> Table:
         for name, value in getattr(policy, section).model_dump().items()
     ]
     for rule in policy.target:
-        for name in ("min_change", "max_change"):
+        for name in ("min_change", "max_change", "confidence"):
             if (value := getattr(rule, name)) is not None:
                 rows.append((f"{rule.set} {rule.metric} {name}", signed(value)))
     return _table("Policy", ("limit", "value"), rows, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ class Job:
 
     output: the output kept at each batch's `selected` positions, by default the task's;
     embedding_rows: rows 0 to this of the token embedding are looked up, `embedding_chunk` at a
-    time; threads: of the runtime, by default `default_threads()`.
+    time; threads: of the runtime, by default `default_threads()`; first: how many batches earlier
+    jobs of the same model have left in `scratch`.
     """
 
     model: ModelRef
@@ -44,6 +45,7 @@ class Job:
     embedding_chunk: int = 4096
     generations: tuple[Generation, ...] = ()
     threads: int | None = None
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,27 @@ class Outcome:
     error: str = ""
     names: tuple[str, ...] = ()
     result: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def then(self, later: Outcome) -> Outcome:
+        """This run and a later one of the same model in the same `scratch`, as one.
+
+        Rows of the embedding are the first one's. If the later one did not end well, neither did
+        the whole.
+        """
+        seconds = self.seconds + later.seconds
+        peak = max(self.peak_bytes, later.peak_bytes)
+        if later.status != "ok":
+            return replace(later, seconds=seconds, peak_bytes=peak)
+        result = dict(self._result())
+        for name in ("batches", "generations", "busy"):
+            result[name] = result[name] + later.result[name]
+        names = self.names + later.names
+        return replace(self, seconds=seconds, peak_bytes=peak, names=names, result=result)
+
+    @property
+    def busy(self) -> float:
+        """Seconds spent on batches alone, without starting, loading and all else."""
+        return float(self._result()["busy"])
 
     def raise_bad_input(self) -> None:
         """Raises the child's own `InputError` again, if that is how it ended."""
@@ -169,7 +192,7 @@ def run(job: Job, limits: Limits) -> Outcome:
     if len(set(names)) != len(names):
         raise ValueError("two batches have the same name")
     threads = job.threads or default_threads()
-    for number, batch in enumerate(job.batches):
+    for number, batch in enumerate(job.batches, start=job.first):
         arrays = {name: getattr(batch, name) for name in FIELDS} | {"split": batch.split}
         np.savez(job.scratch / batch_file(number), **arrays)
     ending = process.run("surgery.runtimes.worker", _arguments(job, threads), job.scratch, limits)
@@ -201,6 +224,7 @@ def _arguments(job: Job, threads: int) -> dict[str, Any]:
             "given": str(model.given.absolute()) if model.given else None,
         },
         "scratch": str(job.scratch.absolute()),
+        "first": job.first,
         "batches": len(job.batches),
         "output": job.output,
         "embedding_rows": job.embedding_rows,

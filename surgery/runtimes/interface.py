@@ -82,9 +82,12 @@ class Runtime(ABC):
     def embedding(self, ids: NDArray[np.int64]) -> NDArray[Any]:
         """Rows [n, d] of the token embedding for ids [n]: the value right after the lookup."""
 
-    def together(self, tasks: Sequence[Callable[[], None]], streams: Path | None = None) -> None:
+    def together(
+        self, tasks: Sequence[Callable[[], None]], streams: Path | None = None, first: int = 0
+    ) -> None:
         """Runs tasks that call `infer`; a streamed model reads its weights once for all of them,
-        and keeps in the folder `streams` what crosses its cuts, by the number of the task."""
+        and keeps in the folder `streams` what crosses its cuts, by the number of the task, which
+        begin with `first`."""
         for task in tasks:
             task()
 

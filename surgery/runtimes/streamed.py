@@ -30,14 +30,17 @@ class Streamed(Runtime):
         super().__init__(model, threads)
         self._lockstep = Lockstep(self._change)
         self._streams: Path | None = None
+        self._first = 0
         _give_back()
 
     @abstractmethod
     def _change(self, part: Any) -> None:
         """Lets go of the part in memory, and fetches `part`, which is None after the last."""
 
-    def together(self, tasks: Sequence[Callable[[], None]], streams: Path | None = None) -> None:
-        self._streams = streams
+    def together(
+        self, tasks: Sequence[Callable[[], None]], streams: Path | None = None, first: int = 0
+    ) -> None:
+        self._streams, self._first = streams, first
         with quiet():
             self._lockstep.run(tasks)
 
@@ -47,7 +50,12 @@ class Streamed(Runtime):
 
     def _keep(self, kind: str, cut: int, array: NDArray[Any]) -> None:
         if self._streams is not None:
-            np.save(self._streams / stream_file(kind, self._lockstep.current, cut), array)
+            np.save(self._streams / stream_file(kind, self._number, cut), array)
+
+    @property
+    def _number(self) -> int:
+        """That of the task at work."""
+        return self._first + self._lockstep.current
 
 
 def _give_back() -> None:

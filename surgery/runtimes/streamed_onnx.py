@@ -166,7 +166,7 @@ class StreamedOnnx(Streamed):
     def _given(self, cut: str, piece: _Piece, folder: Path) -> NDArray[Any] | None:
         """PyTorch's value at a cut in the graph's form: [batch, length, width] or its rows."""
         number = self._cuts.index(cut)
-        path = folder / stream_file(STREAM, self._lockstep.current, number)
+        path = folder / stream_file(STREAM, self._number, number)
         if not path.exists() or cut not in piece.shapes:
             return None
         whole = np.load(path, mmap_mode="r", allow_pickle=False)[:, piece.columns]

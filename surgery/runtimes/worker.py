@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,24 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     runtime = _load(job["model"], job["threads"])
     scratch = Path(job["scratch"])
     output = job["output"] or find_task(runtime.model.task).output
-    batches: list[Any] = [None] * job["batches"]
+    first, started = job["first"], time.monotonic()
+    batches: dict[int, Any] = dict.fromkeys(range(first, first + job["batches"]))
 
     def batch(number: int) -> None:
         batches[number] = _run_batch(runtime, scratch, number, output)
 
-    tasks = [partial(batch, number) for number in range(job["batches"])]
-    runtime.together(tasks, streams=scratch)
+    runtime.together([partial(batch, number) for number in batches], scratch, first)
+    busy = time.monotonic() - started
     # Without its output a model cannot be continued; the batches say so already.
-    able = not any(batch["problem"] for batch in batches)
+    able = not any(found["problem"] for found in batches.values())
     generations = _generate(runtime, job["generations"], able)
     problem = _embed(runtime, scratch / "embedding.npy", job)
-    return {"batches": batches, "generations": generations, "embedding_problem": problem}
+    return {
+        "batches": list(batches.values()),
+        "generations": generations,
+        "embedding_problem": problem,
+        "busy": busy,
+    }
 
 
 def _load(fields: dict[str, Any], threads: int) -> Runtime:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ BATCH_BYTES = 256 << 20
 
 Side = Literal["left", "right"]
 Padding = Literal["none", "left", "right", "holes", "masked row"]
+KINDS: tuple[Padding, ...] = get_args(Padding)
 
 PROBES: tuple[tuple[str, int, int, Padding], ...] = (
     ("batch 1, length 1", 1, 1, "none"),
@@ -79,8 +80,8 @@ def probe_batches(vocab: int, positions: int, seed: int) -> Iterator[Batch]:
     long: tuple[str, int, int, Padding] = (f"batch 1, length {longest}", 1, longest, "none")
     shapes = PROBES if long in PROBES else (*PROBES, long)
     for title, rows, columns, padding in shapes:
-        mask = _mask(rows, min(columns, positions), padding)
-        yield _drawn(title, mask, vocab, generator)
+        mask = mask_of(rows, min(columns, positions), padding)
+        yield drawn(title, mask, vocab, generator)
 
 
 def position_batches(vocab: int, positions: int, seed: int) -> Iterator[Batch]:
@@ -109,20 +110,18 @@ def cache_batches(vocab: int, positions: int, seed: int) -> Iterator[Batch]:
     for title, rows, cached, following, padding in shapes:
         columns = cached + following
         if cached and columns <= positions:
-            batch = _drawn(title, _mask(rows, columns, padding), vocab, generator)
+            batch = drawn(title, mask_of(rows, columns, padding), vocab, generator)
             yield replace(batch, split=cached)
 
 
-def _drawn(
-    title: str, mask: NDArray[np.int64], vocab: int, generator: np.random.Generator
-) -> Batch:
+def drawn(title: str, mask: NDArray[np.int64], vocab: int, generator: np.random.Generator) -> Batch:
     """A probe of random tokens where `mask` is 1."""
     ids = [tuple(generator.integers(0, vocab, n).tolist()) for n in mask.sum(axis=1)]
     names = tuple(f"{title}, row {row}" for row in range(len(mask)))
     return fill(f"probe/{title}", "probe", ids, mask, names)
 
 
-def _mask(rows: int, columns: int, padding: Padding) -> NDArray[np.int64]:
+def mask_of(rows: int, columns: int, padding: Padding) -> NDArray[np.int64]:
     """int64 [rows, columns]; the first row is never padded. Row n has a hole at every (n+1)th
     column, from the first on; of a masked row's neighbours the last is padded left too."""
     mask = np.ones((rows, columns), np.int64)

@@ -16,6 +16,7 @@ from models import FAMILIES
 
 from surgery.export import default_task
 from surgery.gate import RHO_NAMES
+from surgery.report import Report
 
 Plant = Callable[..., Path]
 
@@ -42,6 +43,13 @@ def hide(model: onnx.ModelProto, names: list[str]) -> None:
         mutants.reverse_rows(model, name, f"onnx::MatMul_{number}")
 
 
+def assert_told(report: Report, what: str) -> None:
+    """Lineage says of every tensor what became of the edit."""
+    told = [f.message for f in report.findings if f.stage == "lineage"]
+    assert told
+    assert all(f": {what}; export" in message for message in told), told
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_lost_edit_is_named_by_lineage_and_by_the_interaction(lab: Lab, family: str) -> None:
     """The edited ONNX file is the original's."""
@@ -50,6 +58,7 @@ def test_a_lost_edit_is_named_by_lineage_and_by_the_interaction(lab: Lab, family
     prefix = "bert." if family == "bert" else ""
     stale = {f.site for f in report.findings if f.stage == "lineage"}
     assert stale == {f"R_e/{prefix}{name}" for name in edited_names(case)}
+    assert_told(report, "the edit was lost")
     named = finding(report, "interaction", "the edit was lost")
     assert named.site == f"target/{default_task(case.model).output}"
     assert finding(report, "conversion", "wrong value").site.startswith("C_e/")
@@ -84,6 +93,8 @@ def test_an_edit_applied_half_or_twice_is_named(
     named = finding(report, "interaction", RHO_NAMES[rho])
     assert named.site == "target/last_hidden_state"
     assert ("lineage" in {stage for stage, _ in found(report)}) is not hidden
+    if not hidden:
+        assert_told(report, RHO_NAMES[rho])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
@@ -108,6 +119,7 @@ def test_one_stale_tensor_among_the_edited_is_named_and_no_other(lab: Lab, plant
     report = lab.diff_edited(case, edited_onnx=plant(case.edited_onnx, change))
     stale = [f.site for f in report.findings if f.stage == "lineage"]
     assert stale == [f"R_e/{name}"]
+    assert_told(report, "the edit was lost")
     assert finding(report, "conversion", "wrong value").site.startswith("C_e/")
 
 

@@ -16,8 +16,9 @@ from surgery.export import find_task
 from surgery.gate import judge
 from surgery.policy import BUILT_IN
 from surgery.runtimes.child import Outcome
+from surgery.stimuli.extra import Space
 
-NOTHING = Workload((), (), (), (), (), None, vocab=0, seed=0)
+NOTHING = Workload((), (), (), (), (), None, Space(0, 0, late=True, cache=False, seed=0))
 ANSWER = {"batches": [], "generations": [], "embedding_problem": "none asked for"}
 
 
