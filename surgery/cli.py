@@ -355,6 +355,7 @@ def lineage(model: Path, onnx: Path, json: bool) -> None:
 @stream_option
 @budget_option
 @click.option("--batch", metavar="NAME", help="Run this batch of a report again, alone.")
+@click.option("--aa", is_flag=True, help="Also run each corner against itself, many ways (slow).")
 @click.option("--report", type=PATH, required=True, metavar="FILE", help="Where to write JSON.")
 def diff(report: Path, policy: Path | None, timeout: float, **options: Any) -> None:
     """Test a conversion, or with --edited all four corners.
@@ -458,6 +459,25 @@ def schema(kind: str) -> None:
     from surgery.api import schema as run
 
     echo_json(run(kind))
+
+
+@cli.command()
+@json_option
+def doctor(json: bool) -> None:
+    """Look at versions, CPU, memory, disk and file systems: exit 1 if one will not do.
+
+    Example: surgery doctor
+    """
+    from dataclasses import asdict
+
+    from surgery.console import doctor_text
+    from surgery.doctor import examine
+
+    found = examine()
+    # Not `echo_json`, which needs a package that may be missing.
+    told = dumps({"ok": found.ok, **asdict(found)}, indent=2) if json else doctor_text(found)
+    click.echo(told)
+    sys.exit(0 if found.ok else 1)
 
 
 @cli.command()

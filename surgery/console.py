@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from surgery.arch.inspection import Inspection
     from surgery.checkpoint.resize import Side
     from surgery.compare import Comparison
+    from surgery.doctor import Diagnosis
     from surgery.export import ExportResult
     from surgery.export.cache import Entry
     from surgery.export.lineage import Lineage
@@ -106,6 +107,14 @@ def cache_text(found: list[Entry]) -> str:
     header = ("family", "layers", "task", "opset", "dtype", "size", "key")
     total = f"{count(len(found), 'graph')}, {size(sum(entry.size for entry in found))}"
     return "\n".join([*([table(header, rows)] if rows else []), total])
+
+
+def doctor_text(found: Diagnosis) -> str:
+    """What the doctor found, for people: every row, and how many are not well."""
+    rows = [(row.status, row.name, row.found, row.remedy) for row in found.rows]
+    bad = sum(row.status == "fail" for row in found.rows)
+    said = f"{count(bad, 'failure')}" if bad else "ok"
+    return "\n".join([table(("", "what", "found", "way out"), rows), said])
 
 
 def localization_text(edge: str, found: Localization) -> str:

@@ -33,7 +33,9 @@ from surgery.localize import LIMIT, Localization
 from surgery.localize import localize as find
 from surgery.localize.edit import EditTrace, trace_edit
 from surgery.localize.layers import introduced, streamed
+from surgery.localize.supposed import became_of_edit
 from surgery.localize.weights import stale_tensors
+from surgery.noise_rules import WRONG_SHAPE
 from surgery.policy import BUILT_IN, Policy
 from surgery.process import one_line
 from surgery.record import environment
@@ -65,6 +67,7 @@ def diff(
     policy: Policy = BUILT_IN,
     task: str | None = None,
     seed: int = DEFAULT_SEED,
+    aa: bool = False,
     limits: Limits | None = None,
     progress: Progress = silent,
     root: Path | None = None,
@@ -76,16 +79,19 @@ def diff(
 
     An ONNX file that is not given is exported to a temporary folder; one that has a key-value
     cache is judged with it. `budget`: seconds for all corners, spent on further probes; `batch`:
-    the one batch to run again, which is never a pass; `stream`: memory follows one layer and the
-    embedding, whatever the size of the model. The report names files inside `root` relative to
-    it. Raises `InputError` for anything given that cannot be used; whatever a corner does is in
-    the report.
+    the one batch to run again, which is never a pass; `aa`: each corner is also run against
+    itself; `stream`: memory follows one layer and the embedding, whatever the size of the model.
+    The report names files inside `root` relative to it. Raises `InputError` for anything given
+    that cannot be used; whatever a corner does is in the report.
     """
+    if aa and stream:
+        raise InputError("--aa holds whole models in memory: leave it or --stream out")
     given = _Given(model, onnx, edited, edited_onnx)
     with _prepared(given, stimuli, policy, task, seed, progress) as (pairs, asked, scratch):
         if batch is not None:
             asked = replace(asked, workload=only(asked.workload, batch))
         bounds = limits or Limits()
+        asked = replace(asked, aa=aa)
         place = root or scratch
         return _report(pairs, asked, stimuli, policy, bounds, progress, place, budget, stream)
 
@@ -282,6 +288,7 @@ class _Asked:
 
     task: Task
     workload: Workload
+    aa: bool = False
 
 
 def _ask(
@@ -307,22 +314,26 @@ def _report(
     if stream:
         lineages = _lineages(pairs, progress)
         pairs = {edge: streamed(pair, lineages[edge]) for edge, pair in pairs.items()}
-    found = explore(pairs, asked.task, asked.workload, policy, limits, progress, budget)
+    found = explore(pairs, asked.task, asked.workload, policy, limits, progress, budget, asked.aa)
     evidence, asked = found.evidence, replace(asked, workload=found.workload)
     lineages = lineages or _lineages(pairs, progress)
     evidence = replace(evidence, faults=(*stale_tensors(lineages, pairs), *evidence.faults))
     verdict = judge(evidence, policy)
     stages = {finding.stage for finding in verdict.findings}
     extra: list[Finding] = []
-    if "conversion" in stages and stream:
+    wrong = any(_can_be_localised(finding) for finding in verdict.findings)
+    if wrong and stream:
         extra += introduced(evidence)
-    elif "conversion" in stages:
+    elif wrong:
         places = _localized(pairs, lineages, asked, evidence, limits, progress)
         extra += [f for edge, own in places.items() for f in own.findings(EDGES[edge][1])]
     if "interaction" in stages and not stream:
         traced = _traced(pairs, lineages, asked, evidence, limits, progress)
         evidence = replace(evidence, sites=traced.rows)
         extra += traced.findings()
+        extra += became_of_edit(
+            pairs, asked.task, asked.workload, verdict.findings, limits, progress
+        )
     if extra:
         evidence = replace(evidence, faults=(*extra, *evidence.faults))
         verdict = judge(evidence, policy)
@@ -333,6 +344,11 @@ def _report(
         "workload": {"task": asked.task.name, **asked.workload.describe()},
     }
     return Report.build(evidence, verdict, policy, _environment(), inputs)
+
+
+def _can_be_localised(finding: Finding) -> bool:
+    """Errors of a size that noise is not; one told by its distribution alone is within it."""
+    return finding.stage == "conversion" and finding.symptom != WRONG_SHAPE
 
 
 def _lineages(pairs: Mapping[str, Pair], progress: Progress) -> dict[str, Lineage]:

@@ -82,6 +82,7 @@ STAGES = {
     "coverage": Stage.VALIDATION,
     "verify": Stage.VALIDATION,
     "interaction": Stage.VALIDATION,
+    "tolerance": Stage.VALIDATION,
     "preserve": Stage.EDIT,
     "target": Stage.EDIT,
 }
@@ -94,6 +95,7 @@ _UNCHECKED = (
     "not certain", "A/A beyond limit", "one batch alone",
 )  # fmt: skip
 _WRONG = (
+    "wrong distribution", "beyond a fixed tolerance", "unstable",
     "nan", "wrong value", "shape", "dtype", "missing output", "extra output", "introduced error",
     "not found", "the edit was lost", "half lost", "applied twice",
     "the edit was changed", "drift", "too little change",

@@ -10,7 +10,7 @@ from surgery.differential.workload import Workload
 from surgery.evidence import EDGES
 from surgery.export.tasks import Task
 from surgery.runtimes.child import Job, Limits, Outcome, run
-from surgery.runtimes.interface import Cut, ModelRef
+from surgery.runtimes.interface import FLOAT32, Cut, ModelRef
 
 Progress = Callable[[str], None]
 """Called with what is about to run."""
@@ -37,12 +37,21 @@ class Pair:
 
 @dataclass(frozen=True)
 class Ran:
-    """The outcome of every corner, and of the float64 reference of every PyTorch corner; `cuts`:
-    where the models of each edge were cut."""
+    """The outcome of every corner, and of the float64 reference of every PyTorch corner.
+
+    narrow: of PyTorch in the type its graph computes in, where that is not float32; cuts: where
+    the models of each edge were cut.
+    """
 
     corners: Mapping[str, Outcome]
     references: Mapping[str, Outcome]
+    narrow: Mapping[str, Outcome] = field(default_factory=dict)
     cuts: Mapping[str, tuple[Cut, ...]] = field(default_factory=dict)
+
+    def dtype(self, torch_corner: str) -> str:
+        """What the graph of a PyTorch corner's conversion computes in."""
+        onnx = self.corners.get(torch_corner.replace("T", "R"))
+        return onnx.compute if onnx is not None else FLOAT32
 
 
 def run_corners(
@@ -62,15 +71,28 @@ def run_corners(
     """
     corners: dict[str, Outcome] = {}
     references: dict[str, Outcome] = {}
+    narrow: dict[str, Outcome] = {}
+    before = earlier or Ran({}, {})
     for name, model in _models(pairs, task, workload, scratch):
-        reference = model.dtype == "float64"
-        progress(f"{name} in float64" if reference else name)
-        if reference:
-            found, before = references, earlier.references if earlier else {}
-        else:
-            found, before = corners, earlier.corners if earlier else {}
-        found[name] = _run(_job(model, workload, scratch, name), limits, before.get(name))
-    return Ran(corners, references, {edge: pair.cuts for edge, pair in pairs.items()})
+        wide = model.dtype == "float64"
+        found = references if wide else corners
+        known = before.references if wide else before.corners
+        progress(name if model.dtype == FLOAT32 else f"{name} in {model.dtype}")
+        found[name] = _run(_job(model, workload, scratch, name), limits, known.get(name))
+    ran = Ran(corners, references, narrow, {edge: pair.cuts for edge, pair in pairs.items()})
+    for name, model in _narrow(pairs, task, ran):
+        progress(f"{name} in {model.dtype}")
+        job = _job(model, workload, scratch, name)
+        narrow[name] = _run(job, limits, before.narrow.get(name))
+    return ran
+
+
+def _narrow(pairs: Mapping[str, Pair], task: Task, ran: Ran) -> Iterator[tuple[str, ModelRef]]:
+    """PyTorch in the type each graph computes in, where that is not float32."""
+    for edge, pair in pairs.items():
+        name = EDGES[edge][0]
+        if ran.dtype(name) != FLOAT32:
+            yield name, ModelRef("torch-streamed", pair.model, task.name, ran.dtype(name))
 
 
 def _run(job: Job, limits: Limits, before: Outcome | None) -> Outcome:
@@ -114,7 +136,7 @@ def _folder(scratch: Path, corner: str, dtype: str) -> Path:
 
 def _job(model: ModelRef, workload: Workload, scratch: Path, name: str) -> Job:
     folder = _folder(scratch, name, model.dtype)
-    if model.dtype == "float64":
+    if model.dtype != FLOAT32:
         return Job(model, folder, workload.batches)
     return Job(
         model,

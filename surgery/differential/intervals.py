@@ -12,7 +12,15 @@ from surgery.differential.behaviour import BehaviourSums, Positions
 from surgery.differential.effects import Observation
 from surgery.differential.responses import Partings
 from surgery.evidence import Interval
-from surgery.metrics.intervals import Bounds, bootstrap_mean, exact_rate, wider
+from surgery.metrics.intervals import (
+    Bounds,
+    bootstrap_mean,
+    bootstrap_quantile,
+    exact_rate,
+    wider,
+)
+
+QUANTILES = {"kl_median": 0.5, "kl_99%": 0.99}
 
 
 def intervals(
@@ -42,10 +50,22 @@ def _of_positions(
         low, high = _rate(flags, own.texts, confidence)
         yield Interval(*place, float(flags.mean()), low, high)
     yield from _mean("kl", stimulus_set, pair, np.concatenate(own.kl), own.texts, confidence)
+    yield from _quantiles(stimulus_set, pair, own, confidence)
     before, after = sums.token_pair(stimulus_set, pair)
     if len(before):
         texts = sums.texts(stimulus_set, pair)
         yield from _mean("log_ratio", stimulus_set, pair, after - before, texts, confidence)
+
+
+def _quantiles(
+    stimulus_set: str, pair: str, own: Positions, confidence: float
+) -> Iterator[Interval]:
+    kl = np.concatenate(own.kl)
+    names, text = np.unique(own.texts, return_inverse=True)
+    for name, share in QUANTILES.items():
+        if bounds := bootstrap_quantile(kl, text, share, confidence):
+            place = (name, stimulus_set, pair, len(names), confidence)
+            yield Interval(*place, float(np.quantile(kl, share)), *bounds)
 
 
 def _rate(flags: NDArray[np.bool_], texts: list[str], confidence: float) -> Bounds:

@@ -17,11 +17,12 @@ from surgery.export.tasks import Task
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
-def load_model(model_dir: Path, task: Task, dtype: str) -> Any:
+def load_model(model_dir: Path, task: Task, dtype: str, attention: str | None = None) -> Any:
     """The transformers model of `model_dir` for `task`, in eval mode, on the CPU.
 
     `dtype` is torch's name of the one every parameter is cast to (`float32`, `float16`,
-    `float64`). Raises `CheckpointError` when the folder is malformed, transformers refuses it, or
+    `bfloat16`, `float64`); `attention` is `eager` or `sdpa`, by default sdpa where a class has it.
+    Raises `CheckpointError` when the folder is malformed, transformers refuses it, or
     a parameter has no tensor in it, which transformers would fill with random numbers.
     """
     checkpoint = Checkpoint.open(model_dir)
@@ -34,7 +35,7 @@ def load_model(model_dir: Path, task: Task, dtype: str) -> Any:
             use_safetensors=True,
             output_loading_info=True,
             **_LOCAL,
-            **_implementation(cls),
+            **({"attn_implementation": attention} if attention else _implementation(cls)),
             # Kernels that multiply experts in groups know no float64.
             **({"experts_implementation": "eager"} if _has_experts(cls) else {}),
             **_pooling(cls, task, checkpoint),

@@ -26,7 +26,7 @@ def kl_of_logs(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArra
 
     Σ p d, d = log p − log q, loses what is below 1e-16 and can come out negative. Where all d are
     small it is summed as Σ p (d + exp(−d) − 1): the same, as p and q both sum to 1, but of terms
-    that are d²/2 and never negative, and free of what the sums of p and q are off.
+    that are about d²/2, and free of what the sums of p and q are off.
     """
     p, d = np.exp(log_p), log_p - log_q
     kl = np.asarray((p * d).sum(axis=-1), np.float64)

@@ -23,6 +23,8 @@ DRAWS = 1 << 23
 """Texts drawn in all, which bounds the work where there are many: the more texts, the fewer
 resamples are needed."""
 
+FEWEST_QUANTILES = 200
+
 AT_ONCE = 1 << 20
 """Texts drawn at a time, which bounds the memory."""
 
@@ -77,6 +79,32 @@ def resampled(sums: Values, weights: Values) -> Values:
         drawn = generator.integers(texts, size=(size, texts))
         found.append(sums[drawn].sum(axis=1) / weights[drawn].sum(axis=1))
     return np.concatenate(found)
+
+
+def bootstrap_quantile(
+    values: Values, text: NDArray[np.int64], share: float, confidence: float
+) -> Bounds | None:
+    """The interval of the `share` quantile of `values` [n] over texts, of which `text` [n] are the
+    numbers from 0; None of fewer than `LEAST_TEXTS`.
+
+    As `bootstrap_mean`. A quantile is here the least value that `share` of the values drawn do not
+    exceed. Of few values, those far out say little, whatever the interval.
+    """
+    texts = int(text.max()) + 1
+    if texts < LEAST_TEXTS:
+        return None
+    order = np.argsort(values, kind="stable")
+    ordered, owner = values[order], text[order]
+    generator = np.random.default_rng((SEED, texts))
+    count = min(FEWEST_RESAMPLES, max(FEWEST_QUANTILES, DRAWS // len(values)))
+    found: list[Values] = []
+    for size in _chunks(count, max(1, AT_ONCE // len(values))):
+        times = generator.multinomial(texts, np.full(texts, 1 / texts), size=size)
+        reached = np.cumsum(times[:, owner], axis=1)
+        found.append(ordered[(reached >= share * reached[:, -1:]).argmax(axis=1)])
+    estimate = float(np.quantile(values, share))
+    low, high = np.quantile(np.concatenate(found), _tails(texts, confidence)).tolist()
+    return min(low, estimate), max(high, estimate)
 
 
 def _chunks(count: int, size: int) -> list[int]:

@@ -52,7 +52,8 @@ def pair_name(pair: str) -> str:
 
 def _kl(rows: Iterable[Divergence], shown: Shown) -> Table:
     levels = ("min", *KL_LEVELS, "max")
-    headers = ("set", "pair", "positions", "mean, nats", "±", INTERVAL, *levels)
+    headers: tuple[str, ...] = ("set", "pair", "positions", "mean, nats", "±", INTERVAL, *levels)
+    headers += (f"99%, {INTERVAL}",)
     cells = (
         (
             row.stimulus_set,
@@ -62,10 +63,22 @@ def _kl(rows: Iterable[Divergence], shown: Shown) -> Table:
             number(row.kl.get("error")),
             between(shown.get(("kl", row.stimulus_set, row.pair))),
             *(number(row.kl.get(level)) for level in levels),
+            between(shown.get(("kl_99%", row.stimulus_set, row.pair))),
         )
         for row in rows
     )
-    spare = ("0.1%", "1%", "5%", "10%", "90%", "95%", "min", "99.9%", "positions")
+    spare = (
+        f"99%, {INTERVAL}",
+        "0.1%",
+        "1%",
+        "5%",
+        "10%",
+        "90%",
+        "95%",
+        "min",
+        "99.9%",
+        "positions",
+    )
     return make_table(TITLES[0], headers, cells, *range(2, len(headers)), spare=spare)
 
 
@@ -99,7 +112,20 @@ def _delta(rows: Iterable[Divergence]) -> Table:
         (row.stimulus_set, pair_name(row.pair), *(_hundredfold(row.delta_p.get(k)) for k in keys))
         for row in rows
     )
-    spare = ("0.1%", "1%", "5%", "10%", "25%", "75%", "90%", "95%", "99%", "99.9%", "± RMS")
+    spare = (
+        f"99%, {INTERVAL}",
+        "0.1%",
+        "1%",
+        "5%",
+        "10%",
+        "25%",
+        "75%",
+        "90%",
+        "95%",
+        "99%",
+        "99.9%",
+        "± RMS",
+    )
     return make_table(TITLES[2], headers, cells, *range(2, len(headers)), spare=spare)
 
 

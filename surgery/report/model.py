@@ -27,14 +27,17 @@ from surgery.evidence import (
     Divergence,
     Drift,
     Effect,
+    ErrorShape,
     Evidence,
     Finding,
     Interaction,
     Interval,
     LayerError,
     Parting,
+    Repeat,
     SiteInteraction,
     StimulusInteraction,
+    Tolerance,
 )
 from surgery.gate import Verdict, judge
 from surgery.policy import Policy
@@ -144,6 +147,9 @@ class Report(BaseModel):
     compared: int
     covered_rows: int
     layers: tuple[Annotated[LayerError, _Row()], ...] = ()
+    shapes: tuple[Annotated[ErrorShape, _Row()], ...]
+    tolerances: tuple[Annotated[Tolerance, _Row()], ...]
+    repeats: tuple[Annotated[Repeat, _Row()], ...]
     policy: Policy
     environment: dict[str, str]
     inputs: dict[str, dict[str, JsonValue]]

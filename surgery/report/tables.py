@@ -23,6 +23,7 @@ from surgery.report.behaviour import behaviour_tables
 from surgery.report.cells import ABSENT, Table, number, percent, signed
 from surgery.report.cells import make_table as _table
 from surgery.report.model import Report
+from surgery.report.noise_tables import noise_tables
 from surgery.taxonomy import Issue
 
 RUNTIMES = {"T": "PyTorch", "R": "ONNX Runtime"}
@@ -57,6 +58,7 @@ def tables(report: Report) -> list[Table]:
         _drift(report),
         _conversion(report.conversion),
         _worst(report.conversion),
+        *noise_tables(report.shapes, report.tolerances, report.repeats),
         _interaction(report),
         _layers(report.layers),
         stimuli_table(report),
@@ -272,7 +274,7 @@ def mebibytes(count: int) -> float:
 def _policy(report: Report) -> Table:
     policy = report.policy
     rows = [
-        (f"{section}.{name}", number(value))
+        (f"{section}.{name}", value if isinstance(value, str) else number(value))
         for section in ("conversion", "interaction", "preserve")
         for name, value in getattr(policy, section).model_dump().items()
     ]

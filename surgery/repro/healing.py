@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from surgery.errors import quote
 from surgery.repro.parts import copied, ending_at
@@ -16,16 +17,22 @@ TRIALS = 300
 _FAR = 3
 """How many nodes in a row are tried to be left out."""
 
+Array = NDArray[Any]
 Candidate = tuple[str, Any]
 """What was changed, in words, and the model with it."""
 
 
 def nearest(
-    failing: Any, fresh: Any | None, strict: bool, right: Callable[[Any], bool]
+    failing: Any,
+    fresh: Any | None,
+    strict: bool,
+    well: Callable[[Any], bool],
+    right: Callable[[Any], bool],
 ) -> Candidate | None:
     """The first change that makes a part right; None where none does.
 
-    `fresh` is the same part of a fresh export of ours, if there is one; of a model's own output
+    A fresh export need be `right`, a change `well` so: a little less error is no cure. `fresh` is
+    the same part of a fresh export of ours, if there is one; of a model's own output
     (`strict`) operators come first, of anything else its numbers.
     """
     tensors = [] if fresh is None else [_tensors(failing, fresh)]
@@ -33,7 +40,7 @@ def nearest(
     own = [_bypassed(failing), *nodes, _shorter(failing)]
     for source in [*own, *tensors] if strict else [*tensors, *own]:
         for words, model in islice(source, TRIALS):
-            if right(model):
+            if well(model):
                 return words, model
     if fresh is not None and right(fresh):
         return "the same part of a fresh export", fresh
@@ -44,23 +51,34 @@ def _tensors(failing: Any, fresh: Any) -> Iterator[Candidate]:
     """One initializer exchanged for one of the fresh part."""
     from onnx import numpy_helper
 
+    known = list(_constants(fresh))
     for number, mine in enumerate(failing.graph.initializer):
-        for other in fresh.graph.initializer:
-            for values in _ways(mine, other):
+        for other in known:
+            for values in _ways(numpy_helper.to_array(mine), other):
                 model = copied(failing)
                 model.graph.initializer[number].CopyFrom(numpy_helper.from_array(values, mine.name))
                 yield f"initializer {quote(mine.name)} with the numbers of a fresh export", model
 
 
-def _ways(mine: Any, other: Any) -> Iterator[Any]:
-    """The other's numbers as they could be in this one's place: as they are, or turned."""
+def _constants(model: Any) -> Iterator[Array]:
+    """The numbers of its initializers and of its nodes that are nothing but numbers."""
     from onnx import numpy_helper
 
-    own, new = numpy_helper.to_array(mine), numpy_helper.to_array(other)
-    for values in (new, new.T) if new.ndim == 2 else (new,):
-        alike = own.shape == values.shape and own.dtype == values.dtype
-        if alike and not np.array_equal(own, values):
-            yield np.ascontiguousarray(values)
+    for tensor in model.graph.initializer:
+        yield numpy_helper.to_array(tensor)
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            yield numpy_helper.to_array(node.attribute[0].t)
+
+
+def _ways(own: Array, new: Array) -> Iterator[Array]:
+    """The new numbers as they could be in the place of the own: as they are, or turned."""
+    turned = new.T if new.ndim == 2 else new
+    for values in (new, turned) if new.ndim == 2 else (new,):
+        single = own.size == values.size == 1
+        alike = (single or own.shape == values.shape) and own.dtype == values.dtype
+        if alike and not np.array_equal(own.reshape(-1), values.reshape(-1)):
+            yield np.ascontiguousarray(values).reshape(own.shape)
 
 
 def _nodes(failing: Any, fresh: Any) -> Iterator[Candidate]:

@@ -98,9 +98,16 @@ class Reproducer:
             "fingerprint": fingerprint(finding),
             "site": wanted.site or self.task.output,
             "where": f"{finding.stage}: {finding.symptom} at {finding.site}",
-            "message": finding.message.replace(str(self.pair.onnx.parent), "."),
+            "message": self._without_places(finding.message),
             "batch": batch.name,
         }
+
+    def _without_places(self, text: str) -> str:
+        """Where files lie on this machine is nobody else's."""
+        for path in (self.scratch, self.pair.data, self.pair.onnx.parent, self.pair.model):
+            for place in (str(path.absolute()), str(path)):
+                text = text.replace(f"{place}/", "") if len(place) > 1 else text
+        return text
 
     def _first(self) -> Batch | None:
         """The smallest batch on which the graph as a whole gives no proper output; else the first

@@ -94,11 +94,14 @@ def watched(model: Any) -> Any:
     return copy
 
 
-def typed(model: Any, dtypes: Mapping[str, Any]) -> None:
-    """Declares the outputs of a part that was run as what they were."""
+def typed(model: Any, arrays: Mapping[str, Any]) -> None:
+    """Declares what a part takes and gives by the types and ranks of the arrays that were."""
     from onnx import helper
 
-    for value in model.graph.output:
-        if value.name in dtypes:
-            kind = helper.np_dtype_to_tensor_dtype(dtypes[value.name])
-            value.type.tensor_type.elem_type = kind
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name in arrays:
+            kind, array = value.type.tensor_type, arrays[value.name]
+            kind.elem_type = helper.np_dtype_to_tensor_dtype(array.dtype)
+            del kind.shape.dim[:]
+            kind.shape.dim.extend(type(kind.shape).Dimension() for _ in range(array.ndim))
+            kind.shape.SetInParent()

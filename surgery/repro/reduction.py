@@ -21,6 +21,10 @@ Array = NDArray[Any]
 Arrays = dict[str, Array]
 
 
+WELL = 4
+"""A changed model must be this many times better than it need be."""
+
+
 class Reduction:
     """Of one site of a graph on one batch; `sites` holds PyTorch's values, `limit` is the error
     allowed.
@@ -85,8 +89,9 @@ class Reduction:
         case = Case(self._part(cuts[:count]), None, *self._io)
         own = self._counterpart(cuts[:count])
         case = replace(case, inputs=dict(self._inputs))
-        right = self._right(case)
-        healed = nearest(case.failing, own, self._strict, right)
+        strict = {**case.expected, "limit": case.expected["limit"] / WELL}
+        well = self._right(replace(case, expected=strict))
+        healed = nearest(case.failing, own, self._strict, well, self._right(case))
         words, passing = healed or ("", None)
         case = replace(case, passing=passing)
         rows, length = self._batch["input_ids"].shape
@@ -175,7 +180,7 @@ class Reduction:
         names |= {self._twins[name]: name for name in stops if name in self._twins}
         part = fresh.cut(self._site, list(names))
         read = {port.name for port in part.graph.input}
-        names = {own: name for own, name in names.items() if own in read}
+        names = {own: name for own, name in names.items() if own in read and self._fit(own, name)}
         for own in read - set(names):
             array = self._fresh_inputs[own]
             clash = own in self._inputs and not np.array_equal(self._inputs[own], array)
@@ -184,12 +189,16 @@ class Reduction:
         names[part.graph.output[0].name] = str(self._expected["name"])
         return renamed(part, names)
 
+    def _fit(self, own: str, name: str) -> bool:
+        """Whether a value has one shape in both graphs: a batch may be flattened in one."""
+        known = self._fresh_inputs.get(own)
+        return known is None or known.shape == self._inputs[name].shape
+
     def _finished(self, case: Case) -> Case:
-        """Without inputs that nobody reads, and with the types of outputs."""
+        """Without inputs that nobody reads, and with what is left declared."""
         read = {port.name for model in case.models() for port in model.graph.input}
         for model in case.models():
-            found = outputs(model, case.inputs)
-            typed(model, {name: array.dtype for name, array in found.items()})
+            typed(model, {**case.inputs, **outputs(model, case.inputs)})
         inputs = {name: array for name, array in sorted(case.inputs.items()) if name in read}
         return replace(case, inputs=inputs)
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from surgery.repro import script
@@ -28,8 +29,9 @@ def outputs(model: Any, inputs: Mapping[str, Any]) -> Arrays:
 
 
 def every_value(model: Any, inputs: Mapping[str, Any]) -> Arrays:
-    """What each node of a part makes."""
-    return outputs(watched(model), inputs)
+    """What each node of a part makes, sequences left out."""
+    found = outputs(watched(model), inputs)
+    return {name: array for name, array in found.items() if isinstance(array, np.ndarray)}
 
 
 def problem(model: Any, inputs: Mapping[str, Any], expected: Mapping[str, Any]) -> str:

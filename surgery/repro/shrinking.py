@@ -41,8 +41,8 @@ class Case:
 def shrunk(case: Case, rows: int, length: int, shows: Callable[[Case], bool]) -> Case:
     """The smallest of the cases tried that `shows` the fault; `rows` and `length` are the batch's,
     and an axis of such a size is taken for one. Whatever was taken wrongly shows nothing."""
-    for steps in (_rows(case, rows), _lengths(case, length)):
-        case = next((each for each in steps if shows(each)), case)
+    for steps, size in ((_rows, rows), (_lengths, length)):
+        case = next(filter(shows, steps(case, size)), case)
     for step in (fewer_tokens, fewer_columns):
         if max(_weight(model) for model in case.models()) > SMALL:
             smaller = step(case)

@@ -16,7 +16,7 @@ from surgery import process
 from surgery.errors import EnvironmentFault, InputError, quote
 from surgery.process import Limits
 from surgery.runtimes.generate import Generated, Generation, RunnerUp
-from surgery.runtimes.interface import PART, ModelRef, stream_file
+from surgery.runtimes.interface import FLOAT32, PART, ModelRef, stream_file
 from surgery.stimuli.interface import Batch
 
 __all__ = ["Facts", "Generated", "Generation", "Job", "Limits", "Outcome", "OutputFact", "run"]
@@ -153,6 +153,12 @@ class Outcome:
             return {name: archive[name] for name in archive.files if wanted(name)}
 
     @property
+    def compute(self) -> str:
+        """The float type the model computed in, as its runtime tells; float32 if it did not end."""
+        found: str = self.result.get("compute", FLOAT32)
+        return found
+
+    @property
     def embedding_problem(self) -> str | None:
         """Why there are no embedding rows although they were asked for."""
         problem: str | None = self._result()["embedding_problem"]
@@ -222,6 +228,9 @@ def _arguments(job: Job, threads: int) -> dict[str, Any]:
             "initializers": str(folder.absolute()) if folder else None,
             "cuts": [vars(cut) for cut in model.cuts],
             "given": str(model.given.absolute()) if model.given else None,
+            "attention": model.attention,
+            "stored": model.stored,
+            "level": model.level,
         },
         "scratch": str(job.scratch.absolute()),
         "first": job.first,

@@ -37,22 +37,32 @@ class Cut:
     layer: int | None
 
 
+FLOAT32 = "float32"
+
+
 @dataclass(frozen=True)
 class ModelRef:
     """A model and how to run it.
 
     runtime: a name of `RUNTIMES`; path: a checkpoint folder for `torch`, an .onnx file for the
-    others; task: a name of `surgery.export.TASKS`; dtype: what `torch` computes in, `float32` or
-    `float64` (the reference); initializers: another folder than the file's own in which the
-    .onnx file's external data lies; cuts: where a streamed model comes apart, in order; given: a
-    folder of PyTorch's values at the cuts, from which each part of an .onnx file is run too.
+    others; task: a name of `surgery.export.TASKS`; dtype: what `torch` computes in, `float32`,
+    `float64` (the reference), `float16` or `bfloat16`; initializers: another folder than the
+    file's own in which the .onnx file's external data lies; attention: what `torch` computes
+    attention with, `eager` or `sdpa`, by default the first that the model has of sdpa and eager;
+    stored: a type the weights are rounded to before they are computed with in `dtype`; level: what
+    `onnxruntime` optimises, `disabled`, `basic`, `extended` or `all`; cuts: where a streamed model
+    comes apart, in order; given: a folder of PyTorch's values at the cuts, from which each part of
+    a streamed .onnx file is run too. Streamed models know no `attention`, `stored` or `level`.
     """
 
     runtime: str
     path: Path
     task: str
-    dtype: str = "float32"
+    dtype: str = FLOAT32
     initializers: Path | None = None
+    attention: str | None = None
+    stored: str | None = None
+    level: str = "all"
     cuts: tuple[Cut, ...] = ()
     given: Path | None = None
 
@@ -73,6 +83,11 @@ class Runtime(ABC):
     @abstractmethod
     def output_names(self) -> tuple[str, ...]:
         """The names of what `infer` returns."""
+
+    @property
+    def compute(self) -> str:
+        """The float type the model computes in."""
+        return self.model.dtype
 
     @abstractmethod
     def infer_impl(self, inputs: IdArrays, split: int) -> Arrays:

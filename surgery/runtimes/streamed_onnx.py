@@ -27,6 +27,7 @@ from surgery.runtimes.interface import (
     stream_file,
 )
 from surgery.runtimes.onnxruntime import open_session
+from surgery.runtimes.precision import compute_dtype
 from surgery.runtimes.segments import Segment, cut_up, element_types, extract
 from surgery.runtimes.streamed import Streamed
 
@@ -79,6 +80,10 @@ class StreamedOnnx(Streamed):
     @property
     def output_names(self) -> tuple[str, ...]:
         return tuple(value.name for value in self._proto.graph.output)
+
+    @property
+    def compute(self) -> str:
+        return compute_dtype(self._proto)
 
     def infer_impl(self, inputs: IdArrays, split: int) -> Arrays:
         found: Arrays = {}

@@ -42,21 +42,21 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         "batches": list(batches.values()),
         "generations": generations,
         "embedding_problem": problem,
+        "compute": runtime.compute,
         "busy": busy,
     }
 
 
 def _load(fields: dict[str, Any], threads: int) -> Runtime:
     folder = fields["initializers"]
-    model = ModelRef(
-        fields["runtime"],
-        Path(fields["path"]),
-        fields["task"],
-        fields["dtype"],
-        Path(folder) if folder else None,
-        tuple(Cut(**cut) for cut in fields["cuts"]),
-        Path(fields["given"]) if fields["given"] else None,
-    )
+    given = fields["given"]
+    own = {
+        "path": Path(fields["path"]),
+        "initializers": Path(folder) if folder else None,
+        "cuts": tuple(Cut(**cut) for cut in fields["cuts"]),
+        "given": Path(given) if given else None,
+    }
+    model = ModelRef(**{**fields, **own})
     return RUNTIMES[model.runtime](model, threads)
 
 

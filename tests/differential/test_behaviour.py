@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import pytest
-from differential.lab import Lab
 
 from surgery.differential import behaviour
 from surgery.differential.behaviour import BehaviourSums
@@ -21,10 +18,10 @@ from surgery.differential.workload import Measure, Workload
 from surgery.evidence import CORNERS, PAIRS
 from surgery.metrics import make_metric
 from surgery.metrics.intervals import bootstrap_mean, exact_change, exact_difference
-from surgery.policy import load_policy
 from surgery.runtimes.generate import RunnerUp
 from surgery.stimuli import Batch, Stimulus
 from surgery.stimuli.batches import pad
+from surgery.stimuli.extra import Space
 
 Array = np.ndarray
 VOCAB = 11
@@ -157,6 +154,9 @@ def test_intervals_of_positions_are_over_texts() -> None:
     row = found["kl", "T"]
     assert (row.low, row.high) == pytest.approx(bounds)
     assert (row.count, row.estimate) == (12, pytest.approx(kl.mean()))
+    for name, share in (("kl_median", 0.5), ("kl_99%", 0.99)):
+        assert found[name, "T"].estimate == pytest.approx(np.quantile(kl, share))
+        assert found[name, "T"].low < found[name, "T"].high <= kl.max() * (1 + 1e-9)
     assert found["real_flip_rate", "T"].high <= found["flip_rate", "T"].high
     assert found["log_ratio", "C_o"].low <= 0 <= found["log_ratio", "C_o"].high
 
@@ -172,7 +172,8 @@ TEXTS = tuple(
     Stimulus(str(n), "target", input_ids=(1,), answers={"yes": ("yes",)}) for n in range(10)
 )
 RATE = Measure("answer_rate:yes", "target", make_metric("answer_rate:yes"))
-PLAIN = Workload(TEXTS, (), (RATE,), (), (), None, vocab=VOCAB, seed=0)
+SPACE = Space(VOCAB, 16, late=True, cache=False, seed=0)
+PLAIN = Workload(TEXTS, (), (RATE,), (), (), None, SPACE)
 
 
 def answers(*said: str) -> dict[str, str]:
@@ -284,45 +285,3 @@ def test_noise_of_the_set_widens_what_is_near() -> None:
     sums = BehaviourSums(noise={("target", "T_o"): [np.array([1e-9, 2e-5, 1.0])]})
     [found] = partings({"T_o": one, "R_o": other}, PLAIN, sums)
     assert found.row().near_ties == 1, "the median is 2e-5, and 8 of it are more than the gap"
-
-
-# ---------------------------------------------------------------------------------- a whole run
-
-
-def test_a_run_measures_every_pair_on_every_set_and_judges_with_confidence(
-    lab: Lab, tmp_path: Path
-) -> None:
-    generator = np.random.default_rng(0)
-    lines = [
-        {
-            "id": f"{name} {n}",
-            "set": name,
-            "input_ids": generator.integers(1, 190, 4 + n % 3).tolist(),
-        }
-        for name in ("target", "preserve")
-        for n in range(9)
-    ]
-    stimuli = tmp_path / "stimuli.jsonl"
-    stimuli.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    policy = tmp_path / "policy.yaml"
-    rule = "{metric: nll, min_change: -9, max_change: 9, confidence: 0.9}"
-    policy.write_text(
-        "schema: 1\npreserve: {max_kl: 9, max_real_flip_rate: 1, max_log_ratio: 9, confidence: 0.9}"
-        f"\ntarget: [{rule}]\n"
-    )
-    report = lab.diff_edited(lab.case("gpt2"), stimuli=[stimuli], policy=load_policy(policy))
-    assert report.verdict == "pass", report.findings
-    rows = {(row.stimulus_set, row.pair): row for row in report.divergence}
-    assert set(rows) == {(s, p) for s in ("target", "preserve", "probe") for p in PAIRS}
-    assert {i.confidence for i in report.intervals} == {0.9, 0.95, 0.99}
-    for drift in report.drift:
-        row = rows[drift.stimulus_set, drift.runtime]
-        assert row.kl["mean"] == pytest.approx(drift.kl)
-        assert row.flips / row.positions == pytest.approx(drift.flip_rate)
-    for (_, pair), row in rows.items():
-        if pair.startswith("C"):
-            assert row.kl["min"] >= 0 and row.kl["max"] < 1e-9
-            assert abs(row.perplexity["log_ratio"]) < 1e-5
-            assert row.flips == row.near_ties, "a clean conversion turns nothing but ties"
-        else:
-            assert row.kl["mean"] > 1e-6

@@ -156,7 +156,7 @@ def test_a_batch_alone_has_its_numbers_and_is_no_pass(
     for name in ("target/0", *(name for name in digests if "extra" in name)):
         alone = lab.diff(case, batch=name)
         assert alone.inputs["workload"]["batch_sha256"] == {name: digests[name]}
-        assert found(alone) == {("coverage", "one batch alone")}
+        assert found(alone) == {("coverage", "not measured")}
 
 
 def test_a_batch_that_is_none_is_refused(lab: Lab) -> None:

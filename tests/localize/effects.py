@@ -75,6 +75,6 @@ def effect(clean: Outputs, mutant: Outputs, noise: Mapping[str, float]) -> float
         if found is None or found.shape != expected.shape:
             return float("inf")
         difference = np.abs(found.astype(np.float64) - expected).max(initial=0.0)
-        ratio = float(difference) / noise.get(key[1], noise[""])
+        ratio = float(difference) / noise[key[1] if key[1] in noise else ""]
         worst = max(worst, float("inf") if np.isnan(ratio) else ratio)
     return worst

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from surgery.metrics.intervals import (
     LEAST_TEXTS,
     bootstrap_mean,
+    bootstrap_quantile,
     exact_change,
     exact_difference,
     exact_rate,
@@ -123,6 +124,7 @@ def test_the_bootstrap_holds_the_mean_about_as_often_as_it_says() -> None:
     assert 0.8 <= held / 150 <= 0.97
 
 
+@settings(max_examples=25)
 @given(st.integers(0, 50), st.integers(LEAST_TEXTS, 30), st.floats(0.5, 0.95))
 def test_a_bootstrap_holds_its_estimate_and_grows_with_confidence(
     seed: int, count: int, confidence: float
@@ -133,6 +135,42 @@ def test_a_bootstrap_holds_its_estimate_and_grows_with_confidence(
     assert wide[0] <= narrow[0] <= sums.sum() / weights.sum() <= narrow[1] <= wide[1]
     negative = bootstrap_mean(-sums, weights, confidence)
     assert negative == pytest.approx((-narrow[1], -narrow[0]))
+
+
+def test_the_bootstrap_of_a_quantile_draws_whole_texts() -> None:
+    """Of texts of one value each it is scipy's; of 20 copies of each value it is the same."""
+    values = np.random.default_rng(1).exponential(1.0, 60)
+    alone = bootstrap_quantile(values, np.arange(60), 0.5, 0.95)
+    plain = stats.bootstrap(
+        (values,), np.median, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    assert alone == pytest.approx((plain.low, plain.high), abs=0.1)
+    copies = bootstrap_quantile(values.repeat(20), np.arange(60).repeat(20), 0.5, 0.95)
+    assert copies == pytest.approx(alone, abs=1e-2)
+
+
+def test_the_bootstrap_of_a_quantile_holds_it_about_as_often_as_it_says() -> None:
+    held = 0
+    for seed in range(60):
+        own = np.random.default_rng(seed).exponential(1.0, 40).repeat(5)
+        bounds = bootstrap_quantile(own, np.arange(40).repeat(5), 0.75, 0.9)
+        assert bounds is not None
+        held += bounds[0] <= np.log(4) <= bounds[1]
+    assert 0.8 <= held / 60 <= 0.98
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 20), st.floats(0, 1), st.floats(0.5, 0.95))
+def test_a_quantile_is_held_by_its_interval(seed: int, share: float, confidence: float) -> None:
+    values = np.random.default_rng(seed).exponential(1.0, 30)
+    text = np.arange(30) % 10
+    narrow, wide = (
+        bootstrap_quantile(values, text, share, c) for c in (confidence, confidence + 0.04)
+    )
+    assert narrow is not None and wide is not None
+    assert values.min() <= wide[0] <= narrow[0] <= np.quantile(values, share) <= narrow[1]
+    assert narrow[1] <= wide[1] <= values.max()
+    assert bootstrap_quantile(values, text % (LEAST_TEXTS - 1), share, confidence) is None
 
 
 def test_nothing_is_left_open_about_what_never_varies() -> None:
