@@ -40,7 +40,6 @@ SPOKEN = {
     "named": {*RHO_NAMES.values(), CHANGED, "wrong value"},
     "name or 'wrong value'": {*RHO_NAMES.values(), "wrong value"},
     "kind": {"introduced error"},
-    "RHO_NAMES[rho]": set(RHO_NAMES.values()),
     "stage": {"conversion", "interaction", "preserve", "target"},
     "symptom": {"shape", "missing output", "dtype", "nan"},
 }
