@@ -248,6 +248,23 @@ class Drift:
 
 
 @dataclass(frozen=True)
+class LayerError:
+    """One part of a model that was streamed, from what the norm `begin` reads to what `end` does.
+
+    `noise` is PyTorch float32 against float64 at `end`, the largest difference. In units of it,
+    `introduced` is how far ONNX Runtime is from PyTorch there when it starts from PyTorch's values
+    at `begin`, and `propagated` how far when it starts from its own.
+    """
+
+    edge: str
+    begin: str
+    end: str
+    noise: float
+    introduced: float
+    propagated: float
+
+
+@dataclass(frozen=True)
 class Divergence:
     """How the next-token distributions of a pair (`PAIRS`, p then q) differ on one stimulus set.
 
@@ -323,6 +340,7 @@ class Evidence:
     faults: tuple[Finding, ...] = ()
     compared: int = 0
     covered_rows: int = 0
+    layers: tuple[LayerError, ...] = ()
     shapes: tuple[ErrorShape, ...] = ()
     tolerances: tuple[Tolerance, ...] = ()
     repeats: tuple[Repeat, ...] = ()

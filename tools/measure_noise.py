@@ -76,8 +76,8 @@ def main() -> None:
         rows = list(bench.clean(options.seeds))
         print_clean(rows)
         print_larger(list(bench.larger()))
-        print_epsilons(list(bench.epsilons(options.epsilon_seeds)))
         print_biases(list(bench.biases()))
+        print_epsilons(list(bench.epsilons(options.epsilon_seeds)))
 
 
 class Bench:

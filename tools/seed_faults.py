@@ -34,6 +34,7 @@ def options() -> argparse.Namespace:
     faults = sorted({CLEAN, EDIT, *(word for pair in names() for word in pair)})
     parser.add_argument("--fault", choices=faults, action="append", metavar="NAME")
     parser.add_argument("--output", type=Path, default=Path("build/faults"), metavar="DIR")
+    parser.add_argument("--document", type=Path, metavar="FILE", help="faults.md goes here too")
     parser.add_argument("--resume", action="store_true", help="keep what is known")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="models at a time")
     return parser.parse_args()
@@ -67,6 +68,8 @@ def main() -> int:
         for found in pool.map(partial(run, asked=asked), models):
             outcomes += found
             text = save(outcomes, asked.output)  # what is known, should somebody lose patience
+    if asked.document:
+        asked.document.write_text(text, encoding="utf-8")
     print(text)
     missed = [o for o in outcomes if o.kind not in (CLEAN, EDIT) and o.strong and not o.caught]
     edits = [o for o in outcomes if o.kind == EDIT and not (o.caught and o.as_such)]

@@ -15,6 +15,7 @@ from surgery.differential.corners import Ran
 from surgery.differential.effects import observe
 from surgery.differential.interactions import Interactions
 from surgery.differential.intervals import intervals
+from surgery.differential.layers import layer_errors
 from surgery.differential.responses import partings, responses_of, texts_of
 from surgery.differential.workload import Workload
 from surgery.errors import quote
@@ -73,6 +74,7 @@ def compare(ran: Ran, workload: Workload, task: Task) -> Evidence:
         faults=tuple(faults),
         compared=sum(own.positions for own in sums.conversion.values()),
         covered_rows=_covered_rows(ran, workload),
+        layers=tuple(layer_errors(ran, workload.batches, task.output)),
         shapes=profiles.shapes(measured),
         tolerances=profiles.tolerances(measured),
     )

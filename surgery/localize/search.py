@@ -12,7 +12,6 @@ from surgery.arch import Architecture, Role
 from surgery.errors import NothingCompared
 from surgery.export.lineage import Lineage
 from surgery.localize.boundaries import Boundary, find_boundaries, output_of, owners_of
-from surgery.localize.graphs import segment
 from surgery.localize.operators import Operators
 from surgery.localize.referees import Case, Panel, referees
 from surgery.localize.result import LIMIT, Fault, Localization, Row
@@ -22,6 +21,7 @@ from surgery.metrics.distance import UNITS
 from surgery.metrics.shape import shape_of
 from surgery.runtimes.interface import FLOAT32
 from surgery.runtimes.precision import compute_dtype
+from surgery.runtimes.segments import segment
 
 Found = tuple[Boundary, Fault]
 
@@ -217,7 +217,7 @@ class Search:
 
     def _within(self, boundary: Boundary, given: Mapping[str, Any]) -> tuple[str, ...]:
         """The experts whose weights are read before a boundary and after those before it."""
-        nodes = segment(self._model, boundary.value, set(given))
+        nodes = segment(self._model, [boundary.value], set(given))
         read = {name for node in nodes for name in node.input}
         owners = [role for name, role in self._owners.items() if name in read]
         experts = {f"{r.role}.{r.layer}" for r in owners if "expert" in r.role}

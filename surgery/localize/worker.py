@@ -158,10 +158,10 @@ def _evaluate(
     """One value by the onnx package's evaluator, or why it cannot compute it."""
     from onnx.external_data_helper import load_external_data_for_model
 
-    from surgery.localize.graphs import extract
     from surgery.runtimes.reference import evaluator
+    from surgery.runtimes.segments import extract
 
-    part = extract(model, value, given)
+    part = extract(model, [value], given)
     load_external_data_for_model(part, str(folder))
     names = {port.name for port in part.graph.input}
     try:

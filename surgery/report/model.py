@@ -32,6 +32,7 @@ from surgery.evidence import (
     Finding,
     Interaction,
     Interval,
+    LayerError,
     Parting,
     Repeat,
     SiteInteraction,
@@ -145,6 +146,7 @@ class Report(BaseModel):
     issues: tuple[Annotated[Issue, _Row()], ...]
     compared: int
     covered_rows: int
+    layers: tuple[Annotated[LayerError, _Row()], ...] = ()
     shapes: tuple[Annotated[ErrorShape, _Row()], ...]
     tolerances: tuple[Annotated[Tolerance, _Row()], ...]
     repeats: tuple[Annotated[Repeat, _Row()], ...]

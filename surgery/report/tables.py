@@ -16,6 +16,7 @@ from surgery.evidence import (
     Conversion,
     Effect,
     Finding,
+    LayerError,
     SiteInteraction,
 )
 from surgery.report.behaviour import behaviour_tables
@@ -59,6 +60,7 @@ def tables(report: Report) -> list[Table]:
         _worst(report.conversion),
         *noise_tables(report.shapes, report.tolerances, report.repeats),
         _interaction(report),
+        _layers(report.layers),
         stimuli_table(report),
         sites_table(report.sites),
         *behaviour_tables(report),
@@ -180,6 +182,16 @@ def _interaction(report: Report) -> Table:
     )
     spare, names = ("noise", "‖E‖", "‖I‖"), ("set", "output")
     return _table("Interaction", headers, rows, 2, 3, 4, 5, 6, 7, spare=spare, names=names)
+
+
+def _layers(layers: Iterable[LayerError]) -> Table:
+    """Errors of the parts of a streamed model, in units of the noise."""
+    headers = ("edge", "from", "to", "noise", "introduced/noise", "propagated/noise")
+    rows = (
+        (e.edge, e.begin, e.end, *map(number, (e.noise, e.introduced, e.propagated)))
+        for e in layers
+    )
+    return _table("Layers", headers, rows, 3, 4, 5, spare=("noise",), names=("edge", "from", "to"))
 
 
 MOST_STIMULI = 10

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,28 @@ from numpy.typing import NDArray
 
 Arrays = dict[str, NDArray[Any]]
 IdArrays = Mapping[str, NDArray[np.int64]]
+
+PART = "part"
+"""The output of `infer` that is what the last part of a streamed graph makes of PyTorch's values
+before it."""
+
+STREAM, INTRODUCED = "stream", "introduced"
+
+
+def stream_file(kind: str, batch: int, cut: int) -> str:
+    """Where a batch's residual stream at a cut is kept: the model's own (`STREAM`), or what one
+    part makes of PyTorch's (`INTRODUCED`)."""
+    return f"{kind}-{batch}-{cut}.npy"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a model comes apart: at the residual stream that the norm `role` of `layer` reads,
+    None after the last; `value` is its name in the ONNX graph."""
+
+    value: str
+    role: str
+    layer: int | None
 
 
 FLOAT32 = "float32"
@@ -28,7 +50,9 @@ class ModelRef:
     file's own in which the .onnx file's external data lies; attention: what `torch` computes
     attention with, `eager` or `sdpa`, by default the first that the model has of sdpa and eager;
     stored: a type the weights are rounded to before they are computed with in `dtype`; level: what
-    `onnxruntime` optimises, `disabled`, `basic`, `extended` or `all`.
+    `onnxruntime` optimises, `disabled`, `basic`, `extended` or `all`; cuts: where a streamed model
+    comes apart, in order; given: a folder of PyTorch's values at the cuts, from which each part of
+    a streamed .onnx file is run too. Streamed models know no `attention`, `stored` or `level`.
     """
 
     runtime: str
@@ -39,6 +63,8 @@ class ModelRef:
     attention: str | None = None
     stored: str | None = None
     level: str = "all"
+    cuts: tuple[Cut, ...] = ()
+    given: Path | None = None
 
 
 class Runtime(ABC):
@@ -70,6 +96,15 @@ class Runtime(ABC):
     @abstractmethod
     def embedding(self, ids: NDArray[np.int64]) -> NDArray[Any]:
         """Rows [n, d] of the token embedding for ids [n]: the value right after the lookup."""
+
+    def together(
+        self, tasks: Sequence[Callable[[], None]], streams: Path | None = None, first: int = 0
+    ) -> None:
+        """Runs tasks that call `infer`; a streamed model reads its weights once for all of them,
+        and keeps in the folder `streams` what crosses its cuts, by the number of the task, which
+        begin with `first`."""
+        for task in tasks:
+            task()
 
     def infer(self, inputs: IdArrays, split: int = 0) -> Arrays:
         """Every output by name, for int64 [batch, length] inputs of one shape.

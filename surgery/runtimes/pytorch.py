@@ -30,17 +30,20 @@ class TorchRuntime(Runtime):
         self._task = find_task(model.task)
         if model.dtype not in DTYPES:
             raise ValueError(f"torch computes in {', '.join(DTYPES)}, not {model.dtype}")
-        stored = model.stored or model.dtype
-        self.live = load_model(model.path, self._task, stored, model.attention)
         with quiet():
             import torch
 
         torch.set_num_threads(threads)
         self._torch = torch
+        self.live = self._load()
         if model.dtype == "float64":
             self.live.double()
         if model.stored:
             self.live.to(getattr(torch, model.dtype))
+
+    def _load(self) -> Any:
+        stored = self.model.stored or self.model.dtype
+        return load_model(self.model.path, self._task, stored, self.model.attention)
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -60,7 +63,7 @@ class TorchRuntime(Runtime):
     def infer_impl(self, inputs: IdArrays, split: int) -> Arrays:
         feed = {name: self._torch.from_numpy(inputs[name]) for name in self.input_names}
         options = {"use_cache": self._task.cache} if self._task.causal else {}
-        with quiet(), self._torch.no_grad(), self._precision():
+        with self._quiet(), self._torch.no_grad(), self._precision():
             result = self.live(**feed, **options)
         outputs = {name: result[name] for name in (self._task.output, *self._pooled)}
         if self._task.cache:
@@ -79,6 +82,9 @@ class TorchRuntime(Runtime):
         weight = self.live.get_input_embeddings().weight
         rows: NDArray[Any] = weight.detach()[self._torch.from_numpy(ids)].numpy()
         return rows
+
+    def _quiet(self) -> AbstractContextManager[None]:
+        return quiet()
 
     def _precision(self) -> AbstractContextManager[Any]:
         return widen(self._torch) if self.model.dtype == "float64" else nullcontext()

@@ -79,17 +79,19 @@ def test_the_least_tolerance_is_what_the_outputs_need(lab: Lab) -> None:
 # ------------------------------------------------------------------------------------- float16
 
 
-def half(lab: Lab, tmp_path: Path, family: str) -> Path:
+@pytest.fixture(scope="module")
+def half(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The llama of the lab, exported in float16."""
     from surgery.export import export
 
+    folder = tmp_path_factory.mktemp("half") / "onnx"
     with in_this_process():
-        return export(lab.case(family).model, tmp_path / "half", dtype="float16").model
+        return export(lab.case("llama").model, folder, dtype="float16").model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_float16_graph_is_held_to_float16_noise(lab: Lab, tmp_path: Path, family: str) -> None:
-    case = lab.case(family)
-    report = lab.diff(case, onnx=half(lab, tmp_path, family))
+def test_a_float16_graph_is_held_to_float16_noise(lab: Lab, half: Path) -> None:
+    case = lab.case("llama")
+    report = lab.diff(case, onnx=half)
     assert (report.verdict, list(report.findings)) == ("pass", [])
     [shape] = report.shapes
     assert shape.dtype == "float16"
@@ -99,11 +101,10 @@ def test_a_float16_graph_is_held_to_float16_noise(lab: Lab, tmp_path: Path, fami
 
 
 def test_a_defect_of_a_float16_graph_is_told_in_float16_noise(
-    lab: Lab, plant: Plant, tmp_path: Path
+    lab: Lab, plant: Plant, half: Path
 ) -> None:
-    graph = half(lab, tmp_path, "llama")
     zero = partial(mutants.zero_row, name="model.layers.1.mlp.up_proj.weight", row=3)
-    report = lab.diff(lab.case("llama"), onnx=plant(graph, zero))
+    report = lab.diff(lab.case("llama"), onnx=plant(half, zero))
     assert "times float16 noise away" in finding(report, "conversion", "wrong value").message
     [cause] = [f for f in report.findings if f.symptom == "introduced error"]
     assert cause.site == "R_o/up_proj.1"
