@@ -76,6 +76,9 @@ timeout_option = click.option(
     show_default=True,
     help="Seconds each corner may take.",
 )
+stream_option = click.option(
+    "--stream", is_flag=True, help="Hold one layer in memory at a time; tells each layer's error."
+)
 
 
 budget_option = click.option(
@@ -349,8 +352,10 @@ def lineage(model: Path, onnx: Path, json: bool) -> None:
 @task_option
 @seed_option
 @timeout_option
+@stream_option
 @budget_option
 @click.option("--batch", metavar="NAME", help="Run this batch of a report again, alone.")
+@click.option("--aa", is_flag=True, help="Also run each corner against itself, many ways (slow).")
 @click.option("--report", type=PATH, required=True, metavar="FILE", help="Where to write JSON.")
 def diff(report: Path, policy: Path | None, timeout: float, **options: Any) -> None:
     """Test a conversion, or with --edited all four corners.
@@ -381,6 +386,7 @@ def diff(report: Path, policy: Path | None, timeout: float, **options: Any) -> N
 @task_option
 @seed_option
 @timeout_option
+@stream_option
 @budget_option
 def validate(recipe: Path, output: Path, timeout: float, **options: Any) -> None:
     """Apply, export, test the four corners, report and judge.

@@ -25,7 +25,8 @@ class Finding:
     """One thing that is wrong.
 
     stage: where in the chain (`load`, `run`, `interface`, `embedding`, `lineage`, `conversion`,
-    `interaction`, `preserve`, `target`, `coverage`); symptom: what kind (`crash`, `timeout`,
+    `tolerance`, `interaction`, `preserve`, `target`, `coverage`; of a localisation `capture`,
+    `translate`, `optimise`, `kernel`, `localize`); symptom: what kind (`crash`, `timeout`,
     `nan`, `missing output`, `shape`, `dtype`, `wrong value`, `stale tensor`, ...); site: which
     corner, tensor, output or batch; value and limit: the number found and the one allowed;
     operator: the kind of the operator at fault and how it differs, where that was found.
@@ -85,6 +86,78 @@ class Conversion:
     ratio_l2: float
     ratio_position: float
     worst: str
+
+
+@dataclass(frozen=True)
+class ErrorShape:
+    """How noise and error are distributed, for one edge and output, each in units of the noise of
+    its own position (the root mean square over the position's features).
+
+    `dtype` is what the graph computes in and so what PyTorch's noise is the noise of; `overlap`
+    is the Bhattacharyya coefficient of both distributions, 0 to 1; `sigma_ratio` is the error's
+    sigma over the noise's, both about zero. `noise_*` are PyTorch's errors against the float64
+    reference, `error_*` ONNX Runtime's: mean, sigma, and quantiles of the absolute value.
+    """
+
+    edge: str
+    output: str
+    dtype: str
+    elements: int
+    overlap: float
+    sigma_ratio: float
+    noise_mean: float
+    noise_sigma: float
+    noise_median: float
+    noise_p99: float
+    noise_max: float
+    error_mean: float
+    error_sigma: float
+    error_median: float
+    error_p99: float
+    error_max: float
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The smallest tolerances one edge's output would pass, as |r - t| <= atol + rtol |t|.
+
+    `rtol` with atol 0, `atol` with rtol 0, and `both` with rtol = atol; infinite where none is
+    large enough. `outside`: the number of elements beyond each of `surgery.presets`.
+    """
+
+    edge: str
+    output: str
+    elements: int
+    rtol: float
+    atol: float
+    both: float
+    outside: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """An A/A run: one corner's model again, one thing about the run changed, against the corner.
+
+    kind: `run` (threads, attention, optimisation: the same numbers but for rounding), `storage`
+    (weights rounded to `variant`'s type) or `compute` (all computed in it); `nonfinite` counts
+    values that are no numbers only in one of the two, which the rest leaves out. `max_abs` and
+    `l2` are of the difference; `median`, `p99` and `max` are its absolute value in units of the
+    position's own noise; `ratio_max` and `ratio_l2` are over the output's float64 noise.
+    """
+
+    corner: str
+    variant: str
+    kind: str
+    output: str
+    positions: int
+    nonfinite: int
+    max_abs: float
+    l2: float
+    median: float
+    p99: float
+    max: float
+    ratio_max: float
+    ratio_l2: float
 
 
 @dataclass(frozen=True)
@@ -175,6 +248,23 @@ class Drift:
 
 
 @dataclass(frozen=True)
+class LayerError:
+    """One part of a model that was streamed, from what the norm `begin` reads to what `end` does.
+
+    `noise` is PyTorch float32 against float64 at `end`, the largest difference. In units of it,
+    `introduced` is how far ONNX Runtime is from PyTorch there when it starts from PyTorch's values
+    at `begin`, and `propagated` how far when it starts from its own.
+    """
+
+    edge: str
+    begin: str
+    end: str
+    noise: float
+    introduced: float
+    propagated: float
+
+
+@dataclass(frozen=True)
 class Divergence:
     """How the next-token distributions of a pair (`PAIRS`, p then q) differ on one stimulus set.
 
@@ -250,3 +340,7 @@ class Evidence:
     faults: tuple[Finding, ...] = ()
     compared: int = 0
     covered_rows: int = 0
+    layers: tuple[LayerError, ...] = ()
+    shapes: tuple[ErrorShape, ...] = ()
+    tolerances: tuple[Tolerance, ...] = ()
+    repeats: tuple[Repeat, ...] = ()

@@ -24,7 +24,7 @@ from surgery.differential import (
     only,
 )
 from surgery.errors import InputError, NothingCompared
-from surgery.evidence import EDGES, Evidence
+from surgery.evidence import EDGES, Evidence, Finding
 from surgery.export import CACHED, Task, choose_task, export, export_graph, onnxfile
 from surgery.export.layouts.linked import links
 from surgery.export.lineage import Lineage, trace
@@ -32,8 +32,10 @@ from surgery.gate import FAIL, judge
 from surgery.localize import LIMIT, Localization
 from surgery.localize import localize as find
 from surgery.localize.edit import EditTrace, trace_edit
+from surgery.localize.layers import introduced, streamed
 from surgery.localize.supposed import became_of_edit
 from surgery.localize.weights import stale_tensors
+from surgery.noise_rules import WRONG_SHAPE
 from surgery.policy import BUILT_IN, Policy
 from surgery.process import one_line
 from surgery.record import environment
@@ -65,9 +67,11 @@ def diff(
     policy: Policy = BUILT_IN,
     task: str | None = None,
     seed: int = DEFAULT_SEED,
+    aa: bool = False,
     limits: Limits | None = None,
     progress: Progress = silent,
     root: Path | None = None,
+    stream: bool = False,
     budget: float | None = None,
     batch: str | None = None,
 ) -> Report:
@@ -75,16 +79,21 @@ def diff(
 
     An ONNX file that is not given is exported to a temporary folder; one that has a key-value
     cache is judged with it. `budget`: seconds for all corners, spent on further probes; `batch`:
-    the one batch to run again, which is never a pass. The report names files inside `root`
-    relative to it. Raises `InputError` for anything given that cannot be used; whatever a corner
-    does is in the report.
+    the one batch to run again, which is never a pass; `aa`: each corner is also run against
+    itself; `stream`: memory follows one layer and the embedding, whatever the size of the model.
+    The report names files inside `root` relative to it. Raises `InputError` for anything given
+    that cannot be used; whatever a corner does is in the report.
     """
+    if aa and stream:
+        raise InputError("--aa holds whole models in memory: leave it or --stream out")
     given = _Given(model, onnx, edited, edited_onnx)
     with _prepared(given, stimuli, policy, task, seed, progress) as (pairs, asked, scratch):
         if batch is not None:
             asked = replace(asked, workload=only(asked.workload, batch))
         bounds = limits or Limits()
-        return _report(pairs, asked, stimuli, policy, bounds, progress, root or scratch, budget)
+        asked = replace(asked, aa=aa)
+        place = root or scratch
+        return _report(pairs, asked, stimuli, policy, bounds, progress, place, budget, stream)
 
 
 def localize(
@@ -148,14 +157,11 @@ def repro(
         verdict, found = judge(evidence, policy), dict[str, Localization]()
         if verdict.verdict == FAIL:
             found = _localized(pairs, lineages, asked, evidence, bounds, progress)
-        conversions = {
-            edge: Conversion(
-                edge, pair, asked.task, asked.workload, lineages[edge], found.get(edge)
-            )
+        conversions = [
+            Conversion(edge, pair, asked.task, asked.workload, lineages[edge], found.get(edge))
             for edge, pair in pairs.items()
-        }
-        sources = tuple(path for path in (model, edited) if path)
-        with Staging(output, sources) as staging:
+        ]
+        with Staging(output, tuple(pair.model for pair in pairs.values())) as staging:
             return write_bundles(conversions, verdict, staging, scratch, bounds, progress)
 
 
@@ -220,6 +226,7 @@ def validate(
     limits: Limits | None = None,
     allow_outside: bool = False,
     progress: Progress = silent,
+    stream: bool = False,
     budget: float | None = None,
 ) -> Report:
     """Applies `recipe` to `model`, exports both, tests the four corners and writes the report.
@@ -240,7 +247,9 @@ def validate(
             progress(f"export of {ONNX[edge].removeprefix('onnx/')}")
             export(pair.model, pair.onnx.parent, task=asked.task.name)
         bounds = limits or Limits()
-        report = _report(pairs, asked, stimuli, policy, bounds, progress, staging.path, budget)
+        report = _report(
+            pairs, asked, stimuli, policy, bounds, progress, staging.path, budget, stream
+        )
         staging.write(REPORT_JSON, render(report, "json").encode())
         staging.write(REPORT_HTML, render(report, "html").encode())
         staging.commit()
@@ -276,6 +285,7 @@ class _Asked:
 
     task: Task
     workload: Workload
+    aa: bool = False
 
 
 def _ask(
@@ -295,17 +305,26 @@ def _report(
     progress: Progress,
     root: Path | None = None,
     budget: float | None = None,
+    stream: bool = False,
 ) -> Report:
-    found = explore(pairs, asked.task, asked.workload, policy, limits, progress, budget)
+    lineages: dict[str, Lineage] = {}
+    if stream:
+        lineages = _lineages(pairs, progress)
+        pairs = {edge: streamed(pair, lineages[edge]) for edge, pair in pairs.items()}
+    found = explore(pairs, asked.task, asked.workload, policy, limits, progress, budget, asked.aa)
     evidence, asked = found.evidence, replace(asked, workload=found.workload)
-    lineages = _lineages(pairs, progress)
+    lineages = lineages or _lineages(pairs, progress)
     evidence = replace(evidence, faults=(*stale_tensors(lineages, pairs), *evidence.faults))
     verdict = judge(evidence, policy)
-    stages, extra = {finding.stage for finding in verdict.findings}, []
-    if "conversion" in stages:
+    stages = {finding.stage for finding in verdict.findings}
+    extra: list[Finding] = []
+    wrong = any(_can_be_localised(finding) for finding in verdict.findings)
+    if wrong and stream:
+        extra += introduced(evidence)
+    elif wrong:
         places = _localized(pairs, lineages, asked, evidence, limits, progress)
         extra += [f for edge, own in places.items() for f in own.findings(EDGES[edge][1])]
-    if "interaction" in stages:
+    if "interaction" in stages and not stream:
         traced = _traced(pairs, lineages, asked, evidence, limits, progress)
         evidence = replace(evidence, sites=traced.rows)
         extra += traced.findings()
@@ -322,6 +341,11 @@ def _report(
         "workload": {"task": asked.task.name, **asked.workload.describe()},
     }
     return Report.build(evidence, verdict, policy, _environment(), inputs)
+
+
+def _can_be_localised(finding: Finding) -> bool:
+    """Errors of a size that noise is not; one told by its distribution alone is within it."""
+    return finding.stage == "conversion" and finding.symptom != WRONG_SHAPE
 
 
 def _lineages(pairs: Mapping[str, Pair], progress: Progress) -> dict[str, Lineage]:

@@ -17,6 +17,12 @@ from surgery.errors import PolicyError
 CONVERSION_MAX_NOISE_RATIO = 8.0
 """ONNX Runtime's error over PyTorch's own float32 error, both against float64 (no unit)."""
 
+CONVERSION_MIN_OVERLAP = 0.8
+"""Bhattacharyya coefficient of the distributions of error and noise (no unit, 0 to 1)."""
+
+CONVERSION_MAX_SIGMA_RATIO = 1.5
+"""The error's sigma over the noise's, up to which the shape does not matter (no unit)."""
+
 INTERACTION_MAX_RATIO = 0.05
 """||I|| / ||E||: the share of the edit's effect that may differ between the runtimes."""
 
@@ -28,6 +34,17 @@ PRESERVE_MAX_KL: float | None = None
 
 PRESERVE_MAX_FLIP_RATE: float | None = None
 """Share of positions whose top-1 token changes; no limit unless asked for."""
+
+PresetName = Literal[
+    "torch.onnx",
+    "optimum",
+    "polygraphy",
+    "onnx-backend-test",
+    "issta-text",
+    "issta-notebook",
+    "issta-synthetic",
+]
+"""The names of `surgery.presets.PRESETS`."""
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Limit = Annotated[float, Field(allow_inf_nan=False, ge=0)]
@@ -46,6 +63,17 @@ class ConversionPolicy(_Section):
     max_noise_ratio: Limit = Field(
         default=CONVERSION_MAX_NOISE_RATIO,
         description="Largest allowed error of ONNX Runtime over float32 noise, worst or L2.",
+    )
+    min_overlap: Share = Field(
+        default=CONVERSION_MIN_OVERLAP,
+        description="Least overlap of the error's distribution with the noise's (Bhattacharyya).",
+    )
+    max_sigma_ratio: Limit = Field(
+        default=CONVERSION_MAX_SIGMA_RATIO,
+        description="Largest sigma of the error over the noise's at which any overlap is allowed.",
+    )
+    preset: PresetName | None = Field(
+        default=None, description="A fixed tolerance that every element must pass as well."
     )
 
 

@@ -82,6 +82,7 @@ STAGES = {
     "coverage": Stage.VALIDATION,
     "verify": Stage.VALIDATION,
     "interaction": Stage.VALIDATION,
+    "tolerance": Stage.VALIDATION,
     "preserve": Stage.EDIT,
     "target": Stage.EDIT,
 }
@@ -91,9 +92,10 @@ _CRASHES = ("crash", "timeout", "error")
 _UNCHECKED = (
     "not measured", "nothing compared", "missing corner", "embedding not compared", "impossible",
     "unreadable folder", "unreadable file", "malformed receipt", "malformed checkpoint",
-    "not certain", "A/A beyond limit", "one batch alone",
+    "not certain", "A/A beyond limit",
 )  # fmt: skip
 _WRONG = (
+    "wrong distribution", "beyond a fixed tolerance", "unstable",
     "nan", "wrong value", "shape", "dtype", "missing output", "extra output", "introduced error",
     "not found", "the edit was lost", "half lost", "applied twice",
     "the edit was changed", "drift", "too little change",

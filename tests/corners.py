@@ -88,7 +88,7 @@ class Here:
         if arguments.get("action") in ("torch", "exported"):
             return self._boundaries(module, arguments, folder, limits)
         model = arguments.get("model", {})
-        if isinstance(model, str) or model.get("runtime") != "torch":
+        if isinstance(model, str) or "torch" not in model.get("runtime", ""):
             return run_here(module, arguments, folder, limits)
         key = _key(arguments, folder)
         if key not in self._endings:

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from surgery.differential import caches
+from surgery.differential import caches, noise, profiles
 from surgery.differential.behaviour import BehaviourSums, drifts
 from surgery.differential.corners import Ran
 from surgery.differential.effects import observe
 from surgery.differential.interactions import Interactions
 from surgery.differential.intervals import intervals
+from surgery.differential.layers import layer_errors
 from surgery.differential.responses import partings, responses_of, texts_of
 from surgery.differential.workload import Workload
 from surgery.errors import quote
@@ -27,7 +28,7 @@ from surgery.evidence import (
     Finding,
 )
 from surgery.export.tasks import Task
-from surgery.metrics.distance import HALF_ULP, ConversionSums
+from surgery.metrics.distance import UNITS, ConversionSums
 from surgery.runtimes.child import Outcome, OutputFact
 from surgery.stimuli import Batch
 
@@ -53,6 +54,8 @@ def compare(ran: Ran, workload: Workload, task: Task) -> Evidence:
     besides = task.cache or sums.caches
     faults += caches.unmeasured(sums.conversion, sums.caches) if besides else ()
     conversion = tuple(_conversion(sums, task))
+    measured = [(edge, task.output, own) for edge, own in sums.conversion.items()]
+    measured += [(edge, name, own) for (edge, name), own in sums.caches.items() if own.positions]
     ended = {name: outcome for name, outcome in ran.corners.items() if _ok(ran, name)}
     texts = {name: texts_of(outcome, workload) for name, outcome in ended.items()}
     responses = {name: responses_of(outcome, workload) for name, outcome in ended.items()}
@@ -71,6 +74,9 @@ def compare(ran: Ran, workload: Workload, task: Task) -> Evidence:
         faults=tuple(faults),
         compared=sum(own.positions for own in sums.conversion.values()),
         covered_rows=_covered_rows(ran, workload),
+        layers=tuple(layer_errors(ran, workload.batches, task.output)),
+        shapes=profiles.shapes(measured),
+        tolerances=profiles.tolerances(measured),
     )
 
 
@@ -106,10 +112,7 @@ def _interface_faults(ran: Ran, workload: Workload, task: Task) -> Iterator[Find
         message = fault.message + more
         yield Finding(fault.stage, fault.symptom, fault.site, message, fault.value, fault.limit)
     yield from _generation_faults(ran)
-    for name, outcome in ran.references.items():
-        if outcome.status != "ok":
-            message = f"the float64 reference of {name} ended {outcome.status}: {outcome.detail}"
-            yield Finding("run", outcome.status, f"{name} in float64", message)
+    yield from noise.faults(ran)
 
 
 def _generation_faults(ran: Ran) -> Iterator[Finding]:
@@ -156,14 +159,18 @@ def _pair_faults(
     for ours in ran.corners[torch_corner].facts(batch.name).outputs:
         if ours.name == task.output and judged:
             continue  # `_corner_faults` has said so
-        for symptom, problem in _differences(ours, theirs.pop(ours.name, None)):
+        found = _differences(ours, theirs.pop(ours.name, None), ran.dtype(torch_corner))
+        for symptom, problem in found:
             site = f"{onnx_corner}/{ours.name}/{batch.name}"
             message = f"{onnx_corner}: {problem} on {quote(batch.name)}"
             yield Finding("interface", symptom, site, message)
     yield from caches.unknown(onnx_corner, theirs, batch.name)
 
 
-def _differences(ours: OutputFact, theirs: OutputFact | None) -> Iterator[tuple[str, str]]:
+def _differences(
+    ours: OutputFact, theirs: OutputFact | None, computed: str
+) -> Iterator[tuple[str, str]]:
+    """Symptom and words. What a graph computes in another type than PyTorch's it may return so."""
     name = ours.name
     if theirs is None:
         yield "missing output", f"has no output {name}, which PyTorch has"
@@ -171,7 +178,7 @@ def _differences(ours: OutputFact, theirs: OutputFact | None) -> Iterator[tuple[
     if theirs.shape != ours.shape:
         found, expected = list(theirs.shape), list(ours.shape)
         yield "shape", f"{name} has shape {found}, in PyTorch {expected}"
-    if theirs.dtype != ours.dtype:
+    if theirs.dtype not in (ours.dtype, computed):
         yield "dtype", f"{name} is {theirs.dtype}, in PyTorch it is {ours.dtype}"
     if theirs.padded and not theirs.nonfinite and not ours.padded:
         yield "nan", f"{theirs.padded} values of {name} are not finite under padding"
@@ -202,7 +209,7 @@ def _row_faults(ran: Ran, torch_corner: str, onnx_corner: str) -> Iterator[Findi
         message = f"{onnx_corner}: embedding {theirs.shape}, in PyTorch {ours.shape}"
         yield Finding("embedding", "shape", onnx_corner, message)
         return
-    wrong, worst = _wrong_rows(ours, theirs)
+    wrong, worst = _wrong_rows(ours, theirs, UNITS[ran.dtype(torch_corner)])
     if len(wrong):
         listed = ", ".join(map(str, wrong[:5])) + (", …" if len(wrong) > 5 else "")
         message = (
@@ -213,15 +220,18 @@ def _row_faults(ran: Ran, torch_corner: str, onnx_corner: str) -> Iterator[Findi
         yield Finding("embedding", "wrong value", site, message, worst, 0.0)
 
 
-def _wrong_rows(ours: NDArray[Any], theirs: NDArray[Any]) -> tuple[NDArray[np.int64], float]:
-    """Rows that differ by more than rounding, and the largest difference; NaN differs."""
+def _wrong_rows(
+    ours: NDArray[Any], theirs: NDArray[Any], unit: float
+) -> tuple[NDArray[np.int64], float]:
+    """Rows that differ by more than rounding, and the largest difference; NaN differs. `unit` is
+    the unit roundoff of what the graph computes in."""
     wrong: list[int] = []
     worst = 0.0
     for begin in range(0, len(ours), 4096):
         a = np.asarray(ours[begin : begin + 4096], np.float64)
         b = np.asarray(theirs[begin : begin + 4096], np.float64)
         difference = np.abs(a - b).max(axis=1)
-        allowed = 2 * HALF_ULP * np.abs(a).max(axis=1)
+        allowed = 2 * unit * np.abs(a).max(axis=1)
         bad = np.flatnonzero(~(difference <= allowed))
         wrong += (bad + begin).tolist()
         worst = float(np.max([worst, *difference[bad]]))
@@ -250,27 +260,20 @@ def _kept(ran: Ran, batch: Batch, names: tuple[str, ...] = CORNERS) -> Kept:
     return kept
 
 
-def _references(ran: Ran, batch: Batch) -> Kept:
-    return {
-        name: outcome.outputs(batch.name)
-        for name, outcome in ran.references.items()
-        if outcome.status == "ok" and not outcome.facts(batch.name).problem
-    }
-
-
 def _add_batch(sums: Sums, ran: Ran, batch: Batch, task: Task) -> None:
-    kept, references = _kept(ran, batch), _references(ran, batch)
+    kept, references = _kept(ran, batch), noise.whole(ran.references, batch)
+    narrow = noise.whole(ran.narrow, batch)
     where = [f"{batch.rows[row]} @ {column}" for row, column in batch.selected]
     with np.errstate(invalid="ignore", over="ignore"):
         for edge, (t, r) in EDGES.items():
-            if t in kept and r in kept and t in references and kept[t].shape == kept[r].shape:
-                sums.conversion.setdefault(edge, ConversionSums()).add(
-                    where, kept[t], references[t], kept[r]
-                )
+            if noise.comparable(ran, (t, r), kept, references, narrow):
+                own = sums.conversion.setdefault(edge, ConversionSums(ran.dtype(t)))
+                own.add(where, kept[t], references[t], kept[r], narrow.get(t))
                 if task.cache or task.pooled:
-                    outcomes = (ran.corners[t], ran.references[t], ran.corners[r])
-                    caches.add(sums.caches, edge, batch.name, where, outcomes)
-        sums.interaction.add(batch, kept, references)
+                    outcomes = [ran.corners[t], ran.references[t], ran.corners[r]]
+                    outcomes += [ran.narrow[t]] if t in ran.narrow else []
+                    caches.add(sums.caches, edge, batch.name, where, outcomes, ran.dtype(t))
+        sums.interaction.add(batch, kept, references, narrow, noise.coarsest(ran))
         if task.causal:
             sums.behaviour.add(batch, kept, references, _dtypes(ran, batch, task))
 

@@ -26,19 +26,22 @@ class Interactions:
     sets: dict[str, InteractionSums] = field(default_factory=dict)
     stimuli: dict[tuple[str, str], InteractionSums] = field(default_factory=dict)
 
-    def add(self, batch: Batch, kept: Kept, references: Kept) -> None:
+    def add(self, batch: Batch, kept: Kept, references: Kept, narrow: Kept, dtype: str) -> None:
         """Adds what the four corners, and both references, kept of a batch; nothing where one of
-        them kept nothing or another shape."""
+        them kept nothing or another shape. `narrow` is PyTorch in the type its graph computes in,
+        where that is not float32, and `dtype` the coarsest of both graphs' types."""
         same = len({array.shape for array in kept.values()}) == 1
         if not same or set(kept) != set(CORNERS) or set(references) != {"T_o", "T_e"}:
             return
-        self.sets.setdefault(batch.stimulus_set, InteractionSums()).add(kept, references)
+        whole = self.sets.setdefault(batch.stimulus_set, InteractionSums(dtype))
+        whole.add(kept, references, narrow)
         for row, stimulus in enumerate(batch.rows):
             own = batch.selected[:, 0] == row
-            self.stimuli.setdefault((batch.stimulus_set, stimulus), InteractionSums()).add(
-                {name: array[own] for name, array in kept.items()},
-                {name: array[own] for name, array in references.items()},
-            )
+            parts = [
+                {name: a[own] for name, a in run.items()} for run in (kept, references, narrow)
+            ]
+            key = (batch.stimulus_set, stimulus)
+            self.stimuli.setdefault(key, InteractionSums(dtype)).add(*parts)
 
     def of_sets(self, output: str) -> Iterator[Interaction]:
         for stimulus_set, own in self.sets.items():

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from surgery.differential.compare import compare
 from surgery.differential.corners import Pair, Progress, Ran, run_corners
+from surgery.differential.repeats import repeat
 from surgery.differential.workload import Workload
 from surgery.errors import StimuliError, quote
 from surgery.evidence import Evidence, Finding
 from surgery.export.tasks import Task
+from surgery.noise_rules import noise_dtype
 from surgery.policy import CONVERSION_MAX_NOISE_RATIO, Policy
 from surgery.registry import suggest
 from surgery.runtimes.child import Limits, Outcome
@@ -49,12 +51,14 @@ def explore(
     limits: Limits,
     progress: Progress,
     budget: float | None = None,
+    aa: bool = False,
 ) -> Explored:
     """As `measure`, in up to three rounds; the evidence is over all of them.
 
     Where the rest would take long, short probes come first. Once a fault is certain, only what
     the policy's rules need still runs. `budget`: seconds that all corners together may take; what
     the workload leaves of it goes to further probes, half of them like the worst batch so far.
+    With `aa` each corner is then run against itself (`surgery.differential.repeats`).
     """
     with tempfile.TemporaryDirectory(prefix="surgery-diff-") as folder:
         scratch = Path(folder)
@@ -76,6 +80,9 @@ def explore(
                 ran = run_corners(pairs, task, own, scratch, limits, progress, ran)
                 workload = replace(workload, batches=(*workload.batches, *own.batches))
                 evidence = compare(ran, workload, task)
+        if aa:
+            repeats, faults = repeat(ran, pairs, task, workload, scratch, limits, progress)
+            evidence = replace(evidence, repeats=repeats, faults=(*evidence.faults, *faults))
         return Explored(_admit(evidence, workload), workload)
 
 
@@ -138,7 +145,8 @@ def certain(evidence: Evidence, policy: Policy) -> str:
     for row in evidence.conversion:
         worst = max(row.ratio_max, row.ratio_l2, row.ratio_position)
         if not worst <= limit:
-            return f"{row.output} is {worst:.3g} times float32 noise away on {row.edge}"
+            dtype = noise_dtype(row.edge, row.output, evidence)
+            return f"{row.output} is {worst:.3g} times {dtype} noise away on {row.edge}"
     return ""
 
 
@@ -193,7 +201,7 @@ def further(
     why = certain(evidence, policy)
     if why:
         return none, f"a fault is certain: {why}"
-    outcomes = [*ran.corners.values(), *ran.references.values()]
+    outcomes = [*ran.corners.values(), *ran.references.values(), *ran.narrow.values()]
     spent = sum(outcome.seconds for outcome in outcomes)
     room = affordable(outcomes, sum(map(cost, workload.batches)), budget - spent)
     worst = max(evidence.conversion, key=lambda row: row.ratio_position).worst.rpartition(" @ ")[0]

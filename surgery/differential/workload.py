@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from surgery.arch import Architecture
 from surgery.checkpoint import Checkpoint
-from surgery.errors import NothingCompared
+from surgery.errors import NothingCompared, StimuliError
 from surgery.export.tasks import Task
 from surgery.metrics import Metric, make_metric
 from surgery.metrics.intervals import LEVELS
@@ -27,6 +27,8 @@ from surgery.stimuli.batches import (
 )
 from surgery.stimuli.extra import Space
 from surgery.stimuli.prompts import Tokenizer, tokens_of
+from surgery.stimuli.text import NAME as TEXT
+from surgery.stimuli.text import text_batch
 
 OUTPUT_BUDGET = 256 << 20
 """Bytes of kept outputs per corner; past it a seeded sample of positions is kept."""
@@ -115,7 +117,9 @@ def make_workload(
     tokens = tokens_of(stimuli, tokenizer, vocab, positions)
     width = _position_bytes(arch, task) // 2
     parameters = _parameters(model)
-    probes = afford(_probes(task, vocab, positions, seed), positions_for(parameters))
+    text, untold = _text(model, vocab, positions, seed)
+    asked = _probes(task, vocab, positions, seed, text)
+    probes = afford(asked, positions_for(parameters))
     batches = [*prompt_batches(stimuli, tokens, width), *probes.batches]
     if not batches:
         raise NothingCompared("there is no input to compare on")
@@ -140,14 +144,28 @@ def make_workload(
         parameters,
         2 * width,
         budget,
-        probes.left_out,
+        probes.left_out | untold,
     )
 
 
-def _probes(task: Task, vocab: int, positions: int, seed: int) -> list[Batch]:
+def _text(
+    model: Checkpoint, vocab: int, positions: int, seed: int
+) -> tuple[list[Batch], dict[str, str]]:
+    """Real text, or why there is none although the checkpoint has a tokenizer."""
+    try:
+        batch = text_batch(model.root, vocab, positions, seed)
+    except StimuliError as error:
+        return [], {TEXT: str(error)}
+    return [batch] if batch else [], {}
+
+
+def _probes(
+    task: Task, vocab: int, positions: int, seed: int, text: Sequence[Batch]
+) -> list[Batch]:
     """Every probe of the task, those first that tell most where not all can run: caches, for
     their first parts are runs without a cache, and of positions the last."""
     found = list(cache_batches(vocab, positions, seed)) if task.cache else []
+    found += text
     found += probe_batches(vocab, positions, seed)
     if task.causal:
         found += reversed(list(position_batches(vocab, positions, seed)))

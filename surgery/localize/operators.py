@@ -19,10 +19,10 @@ from surgery.export import export_graph, onnxfile
 from surgery.export.lineage import Lineage
 from surgery.export.lineage.diagnosis import MISSING
 from surgery.localize.boundaries import Boundary, find_boundaries, output_of, owners_of
-from surgery.localize.graphs import segment
 from surgery.localize.runs import Runs
 from surgery.localize.segments import Segment, constants
 from surgery.localize.trial import Heals, Operator, Trial
+from surgery.runtimes.segments import segment
 
 Array = NDArray[Any]
 
@@ -60,7 +60,7 @@ class Operators:
     def _weighed(self, found: Operator | None, boundary: Boundary) -> Operator | None:
         """With the tensors that its weights should be, where lineage says they are not; where
         nothing else tells, the node that reads such a weight."""
-        nodes = segment(self._model, boundary.value, set(self._given))
+        nodes = segment(self._model, [boundary.value], set(self._given))
         reading = list(_readers(nodes, self._model, self._wrong))
         for node, tensors in reading:
             if found is None or found.value in node.output:
@@ -89,7 +89,7 @@ class Operators:
     def _segment(
         self, model: Any, value: str, given: Mapping[str, Array], path: Path | None
     ) -> Segment:
-        nodes = segment(model, value, set(given))
+        nodes = segment(model, [value], set(given))
         results = [name for node in nodes for name in node.output if name]
         found = self._runs.onnx(results, given, graph=path, optimised=False)
         read = {name for node in nodes for name in node.input}

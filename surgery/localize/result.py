@@ -28,8 +28,9 @@ class Row:
     """One boundary: how far ONNX Runtime's value is from PyTorch's, in units of the noise there.
 
     `error`: in the run as it is; `introduced`: with PyTorch's values at all boundaries before it.
-    `noise` is PyTorch float32 against float64, the largest difference; what is no number is off
-    by infinity.
+    `noise` is PyTorch in the type the graph computes in against float64, the largest difference;
+    what is no number is off by infinity. `overlap` and `sigma_ratio` say how alike `error` and
+    noise are distributed, as in `surgery.evidence.ErrorShape`; None where it was not compared.
     """
 
     site: str
@@ -37,6 +38,8 @@ class Row:
     noise: float
     error: float
     introduced: float
+    overlap: float | None = None
+    sigma_ratio: float | None = None
 
     @property
     def guilty(self) -> bool:

@@ -12,12 +12,16 @@ from surgery.arch import Architecture, Role
 from surgery.errors import NothingCompared
 from surgery.export.lineage import Lineage
 from surgery.localize.boundaries import Boundary, find_boundaries, output_of, owners_of
-from surgery.localize.graphs import segment
 from surgery.localize.operators import Operators
 from surgery.localize.referees import Case, Panel, referees
 from surgery.localize.result import LIMIT, Fault, Localization, Row
 from surgery.localize.runs import Arrays, Runs
 from surgery.localize.trial import Operator
+from surgery.metrics.distance import UNITS
+from surgery.metrics.shape import shape_of
+from surgery.runtimes.interface import FLOAT32
+from surgery.runtimes.precision import compute_dtype
+from surgery.runtimes.segments import segment
 
 Found = tuple[Boundary, Fault]
 
@@ -39,11 +43,14 @@ class Search:
         self._owners: dict[str, Role] = owners_of(named, arch)
         self._boundaries = find_boundaries(model.graph, self._owners, arch)
         self._output = output_of(runs.task.output, output_value(model, runs.task.output))
+        self._dtype = compute_dtype(model)
 
     def run(self) -> Localization:
         self._progress("PyTorch at every boundary")
         self._torch = self._runs.torch(self._boundaries, "float32")
         self._wide = self._runs.torch(self._boundaries, "float64")
+        same = self._dtype == FLOAT32
+        self._noisy = self._torch if same else self._runs.torch(self._boundaries, self._dtype)
         self._check_finite()
         self._progress("ONNX Runtime at every boundary")
         free = self._runs.onnx(self._values())
@@ -96,14 +103,33 @@ class Search:
     def _rows(self, free: Arrays, forced: Arrays) -> Iterable[Row]:
         for boundary in self._edges():
             own, wide = self._torch[boundary.site], self._wide[boundary.site]
-            noise = self._largest(own, wide)
+            noise = self._noise(boundary)
             yield Row(
                 boundary.site,
                 boundary.value,
                 noise,
                 self._ratio(free[boundary.value], wide, noise),
                 self._ratio(forced[boundary.value], own, noise),
+                *self._shape(boundary, free[boundary.value]),
             )
+
+    def _noise(self, boundary: Boundary) -> float:
+        return self._largest(self._noisy[boundary.site], self._wide[boundary.site])
+
+    def _shape(self, boundary: Boundary, found: NDArray[Any]) -> tuple[float, float] | tuple[()]:
+        """Overlap and sigma ratio of error and noise; nothing where they do not compare."""
+        wide = self._wide[boundary.site]
+        if found.size != wide.size:
+            return ()
+        noisy, own, exact = (
+            self._rows_of(array.reshape(wide.shape))
+            for array in (self._noisy[boundary.site], found, wide)
+        )
+        return shape_of(noisy, own, exact, UNITS[self._dtype])
+
+    def _rows_of(self, array: NDArray[Any]) -> NDArray[np.float64]:
+        real = self._real(array).astype(np.float64)
+        return real.reshape(len(real), -1)
 
     def _ratio(self, found: NDArray[Any], expected: NDArray[Any], noise: float) -> float:
         if found.size != expected.size:
@@ -117,7 +143,7 @@ class Search:
         if not np.isfinite(a).all():
             return float("inf")
         difference = float(np.abs(a - b).max(initial=0.0))
-        floor = float(np.abs(b).max(initial=0.0) * np.finfo(np.float32).eps / 2)
+        floor = float(np.abs(b).max(initial=0.0) * UNITS[self._dtype])
         return max(difference, floor, 1e-30)
 
     def _real(self, array: NDArray[Any]) -> NDArray[Any]:
@@ -174,13 +200,10 @@ class Search:
 
     def _is_right(self, boundary: Boundary, found: NDArray[Any]) -> bool:
         """Whether a value of a run is PyTorch's to within the limit."""
-        wide = self._wide[boundary.site]
-        noise = self._largest(self._torch[boundary.site], wide)
-        return self._ratio(found, wide, noise) <= LIMIT
+        return self._ratio(found, self._wide[boundary.site], self._noise(boundary)) <= LIMIT
 
     def _judge(self, boundary: Boundary) -> Callable[[NDArray[Any]], bool]:
-        own, wide = self._torch[boundary.site], self._wide[boundary.site]
-        noise = self._largest(own, wide)
+        own, noise = self._torch[boundary.site], self._noise(boundary)
         return lambda found: self._ratio(found, own, noise) <= LIMIT
 
     def _panel(
@@ -190,12 +213,11 @@ class Search:
         return Panel(case, referees(), guilty, self._apart, LIMIT)
 
     def _apart(self, boundary: Boundary, one: NDArray[Any], other: NDArray[Any]) -> float:
-        noise = self._largest(self._torch[boundary.site], self._wide[boundary.site])
-        return self._ratio(one, other, noise)
+        return self._ratio(one, other, self._noise(boundary))
 
     def _within(self, boundary: Boundary, given: Mapping[str, Any]) -> tuple[str, ...]:
         """The experts whose weights are read before a boundary and after those before it."""
-        nodes = segment(self._model, boundary.value, set(given))
+        nodes = segment(self._model, [boundary.value], set(given))
         read = {name for node in nodes for name in node.input}
         owners = [role for name, role in self._owners.items() if name in read]
         experts = {f"{r.role}.{r.layer}" for r in owners if "expert" in r.role}

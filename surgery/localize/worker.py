@@ -78,7 +78,7 @@ def _watched(
 
     def keep(boundary: Boundary) -> Any:
         def take(value: Any) -> None:
-            kept[boundary.site] = value.detach().numpy().copy()
+            kept[boundary.site] = _array(value).copy()
             if boundary.site in given:
                 # In place: a residual stream is read by more than the norm that it is watched at.
                 value.copy_(value.new_tensor(given[boundary.site]).reshape(value.shape))
@@ -98,6 +98,13 @@ def _watched(
         for boundary in boundaries:
             stack.enter_context(keep(boundary))
         yield
+
+
+def _array(value: Any) -> NDArray[Any]:
+    """Anything narrower than float32 as float32: numpy has no bfloat16."""
+    wide = value.detach().float() if value.element_size() < 4 else value.detach()
+    array: NDArray[Any] = wide.numpy()
+    return array
 
 
 def _first(value: Any) -> Any:
@@ -151,10 +158,10 @@ def _evaluate(
     """One value by the onnx package's evaluator, or why it cannot compute it."""
     from onnx.external_data_helper import load_external_data_for_model
 
-    from surgery.localize.graphs import extract
     from surgery.runtimes.reference import evaluator
+    from surgery.runtimes.segments import extract
 
-    part = extract(model, value, given)
+    part = extract(model, [value], given)
     load_external_data_for_model(part, str(folder))
     names = {port.name for port in part.graph.input}
     try:

@@ -27,13 +27,17 @@ from surgery.evidence import (
     Divergence,
     Drift,
     Effect,
+    ErrorShape,
     Evidence,
     Finding,
     Interaction,
     Interval,
+    LayerError,
     Parting,
+    Repeat,
     SiteInteraction,
     StimulusInteraction,
+    Tolerance,
 )
 from surgery.gate import Verdict, judge
 from surgery.policy import Policy
@@ -142,6 +146,10 @@ class Report(BaseModel):
     issues: tuple[Annotated[Issue, _Row()], ...]
     compared: int
     covered_rows: int
+    layers: tuple[Annotated[LayerError, _Row()], ...] = ()
+    shapes: tuple[Annotated[ErrorShape, _Row()], ...]
+    tolerances: tuple[Annotated[Tolerance, _Row()], ...]
+    repeats: tuple[Annotated[Repeat, _Row()], ...]
     policy: Policy
     environment: dict[str, str]
     inputs: dict[str, dict[str, JsonValue]]

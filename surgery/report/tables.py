@@ -16,12 +16,14 @@ from surgery.evidence import (
     Conversion,
     Effect,
     Finding,
+    LayerError,
     SiteInteraction,
 )
 from surgery.report.behaviour import behaviour_tables
 from surgery.report.cells import ABSENT, Table, number, percent, signed
 from surgery.report.cells import make_table as _table
 from surgery.report.model import Report
+from surgery.report.noise_tables import noise_tables
 from surgery.taxonomy import Issue
 
 RUNTIMES = {"T": "PyTorch", "R": "ONNX Runtime"}
@@ -56,7 +58,9 @@ def tables(report: Report) -> list[Table]:
         _drift(report),
         _conversion(report.conversion),
         _worst(report.conversion),
+        *noise_tables(report.shapes, report.tolerances, report.repeats),
         _interaction(report),
+        _layers(report.layers),
         stimuli_table(report),
         sites_table(report.sites),
         *behaviour_tables(report),
@@ -180,6 +184,16 @@ def _interaction(report: Report) -> Table:
     return _table("Interaction", headers, rows, 2, 3, 4, 5, 6, 7, spare=spare, names=names)
 
 
+def _layers(layers: Iterable[LayerError]) -> Table:
+    """Errors of the parts of a streamed model, in units of the noise."""
+    headers = ("edge", "from", "to", "noise", "introduced/noise", "propagated/noise")
+    rows = (
+        (e.edge, e.begin, e.end, *map(number, (e.noise, e.introduced, e.propagated)))
+        for e in layers
+    )
+    return _table("Layers", headers, rows, 3, 4, 5, spare=("noise",), names=("edge", "from", "to"))
+
+
 MOST_STIMULI = 10
 MOST_SITES = 60
 STREAM = "stream before "
@@ -260,7 +274,7 @@ def mebibytes(count: int) -> float:
 def _policy(report: Report) -> Table:
     policy = report.policy
     rows = [
-        (f"{section}.{name}", number(value))
+        (f"{section}.{name}", value if isinstance(value, str) else number(value))
         for section in ("conversion", "interaction", "preserve")
         for name, value in getattr(policy, section).model_dump().items()
     ]

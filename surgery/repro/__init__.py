@@ -9,7 +9,7 @@ fails as the whole did. Beside it lies the nearest model that is right.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ class Conversion:
 
 
 def write_bundles(
-    conversions: Mapping[str, Conversion],
+    conversions: Iterable[Conversion],
     verdict: Verdict,
     staging: Staging,
     scratch: Path,
@@ -99,8 +99,8 @@ def write_bundles(
     be made of is told and hides no other."""
     bundles: dict[str, Bundle] = {}
     missed: dict[str, str] = {}
-    for edge, conversion in conversions.items():
-        folder = scratch / f"repro-{edge}"
+    for conversion in conversions:
+        folder = scratch / f"repro-{conversion.edge}"
         folder.mkdir()
         wanted = list(conversion.wanted(verdict.findings))
         if wanted:

@@ -32,8 +32,9 @@ README = """# {site}
 - fingerprint: `{fingerprint}`
 - where: {where}
 - found: {message}
-- input: {batch}, reduced to what still shows the fault
-- expected: what PyTorch computes in float32 from the same input ({allowed})
+- input: {batch}, reduced to what still shows the fault; what a part reads within the graph is what
+  PyTorch has there, and within a module what a fresh export has
+- expected: what PyTorch computes in float32 ({allowed})
 - passing.onnx: {passing}
 
 `python repro.py` needs onnxruntime and numpy alone. It runs each model with optimisations and

@@ -98,9 +98,16 @@ class Reproducer:
             "fingerprint": fingerprint(finding),
             "site": wanted.site or self.task.output,
             "where": f"{finding.stage}: {finding.symptom} at {finding.site}",
-            "message": finding.message.replace(str(self.pair.onnx.parent), "."),
+            "message": self._without_places(finding.message),
             "batch": batch.name,
         }
+
+    def _without_places(self, text: str) -> str:
+        """Where files lie on this machine is nobody else's."""
+        for path in (self.scratch, self.pair.data, self.pair.onnx.parent, self.pair.model):
+            for place in (str(path.absolute()), str(path)):
+                text = text.replace(f"{place}/", "") if len(place) > 1 else text
+        return text
 
     def _first(self) -> Batch | None:
         """The smallest batch on which the graph as a whole gives no proper output; else the first
@@ -160,13 +167,15 @@ class Reproducer:
         return ending.value(f"{self.pair.onnx}: a bundle", EnvironmentFault)
 
     def _save(self, name: str, arrays: Mapping[str, Array]) -> str:
-        path = self.scratch / f"{name}.npz"
+        path = self.scratch.absolute() / f"{name}.npz"
         np.savez(path, allow_pickle=False, **dict(arrays))
         return str(path)
 
 
 def _side(path: Path, folder: Path, values: Mapping[str, str]) -> dict[str, Any]:
-    return {"path": str(path), "folder": str(folder), "values": dict(values)}
+    # A child has another working folder.
+    place, data = path.absolute(), folder.absolute()
+    return {"path": str(place), "folder": str(data), "values": dict(values)}
 
 
 def noise(own: Array, wide: Array, mask: NDArray[np.bool_]) -> float:

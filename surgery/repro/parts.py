@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import InputError
-from surgery.localize.graphs import extract
+from surgery.runtimes.segments import extract
 
 MAX_PART_BYTES = 1 << 30
 """Weights that are taken into memory for one part."""
@@ -22,7 +22,7 @@ def cut(model: Any, value: str, stops: Collection[str], folder: Path) -> Any:
     """
     from onnx.external_data_helper import load_external_data_for_model
 
-    part = extract(model, value, set(stops) - {value})
+    part = extract(model, [value], set(stops) - {value})
     needed = sum(_bytes(tensor) for tensor in part.graph.initializer)
     if needed > MAX_PART_BYTES:
         raise InputError(
@@ -79,7 +79,7 @@ def renamed(model: Any, names: Mapping[str, str]) -> Any:
 
 def ending_at(model: Any, value: str, name: str) -> Any:
     """What makes `value` in a part, given as the output `name`."""
-    part = extract(model, value, ())
+    part = extract(model, [value], ())
     return part if value == name else renamed(part, {value: name})
 
 

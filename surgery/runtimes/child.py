@@ -16,7 +16,7 @@ from surgery import process
 from surgery.errors import EnvironmentFault, InputError, quote
 from surgery.process import Limits
 from surgery.runtimes.generate import Generated, Generation, RunnerUp
-from surgery.runtimes.interface import ModelRef
+from surgery.runtimes.interface import FLOAT32, PART, ModelRef, stream_file
 from surgery.stimuli.interface import Batch
 
 __all__ = ["Facts", "Generated", "Generation", "Job", "Limits", "Outcome", "OutputFact", "run"]
@@ -131,7 +131,18 @@ class Outcome:
     def caches(self, batch_name: str) -> dict[str, NDArray[Any]]:
         """Every kept `present.N.key|value` at `selected`, [n, heads · size], of the dtypes of
         `outputs`. Of a task without a cache there is none."""
-        return self._kept(batch_name, lambda name: name != KEPT)
+        return self._kept(batch_name, lambda name: name not in (KEPT, PART))
+
+    def part(self, batch_name: str) -> NDArray[Any] | None:
+        """What the last part of a streamed graph makes of PyTorch's values, where it was run from
+        them, as `outputs` has its own."""
+        return self._kept(batch_name, lambda name: name == PART).get(PART)
+
+    def stream(self, kind: str, batch_name: str, cut: int) -> NDArray[Any] | None:
+        """The residual stream of a batch at the cut of that number, [batch, length, width], where
+        it was kept; see `streamed.stream_file`."""
+        path = self.scratch / stream_file(kind, self.names.index(batch_name), cut)
+        return np.load(path, allow_pickle=False) if path.exists() else None
 
     def _kept(self, batch_name: str, wanted: Callable[[str], bool]) -> dict[str, NDArray[Any]]:
         problem = self._batch(batch_name)["problem"]
@@ -140,6 +151,12 @@ class Outcome:
         path = self.scratch / kept_file(self.names.index(batch_name))
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files if wanted(name)}
+
+    @property
+    def compute(self) -> str:
+        """The float type the model computed in, as its runtime tells; float32 if it did not end."""
+        found: str = self.result.get("compute", FLOAT32)
+        return found
 
     @property
     def embedding_problem(self) -> str | None:
@@ -209,6 +226,11 @@ def _arguments(job: Job, threads: int) -> dict[str, Any]:
             "task": model.task,
             "dtype": model.dtype,
             "initializers": str(folder.absolute()) if folder else None,
+            "cuts": [vars(cut) for cut in model.cuts],
+            "given": str(model.given.absolute()) if model.given else None,
+            "attention": model.attention,
+            "stored": model.stored,
+            "level": model.level,
         },
         "scratch": str(job.scratch.absolute()),
         "first": job.first,

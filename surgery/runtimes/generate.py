@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,19 +46,33 @@ class Generated:
     runners: tuple[tuple[RunnerUp, ...], ...]
 
 
-def generate(runtime: Runtime, request: Generation) -> Generated:
-    """Argmax of the last position's logits, the first index on ties."""
-    if not all(request.prompts):
+def generate(runtime: Runtime, requests: Sequence[Generation]) -> list[Generated]:
+    """Argmax of the last position's logits, the first index on ties; for each request in order."""
+    if not all(prompt for request in requests for prompt in request.prompts):
         raise ValueError("a prompt to continue must hold at least one token")
-    tokens: list[tuple[int, ...]] = []
-    runners: list[tuple[RunnerUp, ...]] = []
-    nonfinite = 0
-    for group in _groups(request.prompts):
-        found = _generate_group(runtime, group, request)
-        tokens += found.tokens
-        runners += found.runners
-        nonfinite += found.nonfinite
-    return Generated(tuple(tokens), nonfinite, tuple(runners))
+    found: dict[tuple[int, int], Generated] = {}
+
+    def run(place: tuple[int, int], group: tuple[tuple[int, ...], ...]) -> None:
+        found[place] = _generate_group(runtime, group, requests[place[0]])
+
+    places = {
+        (number, index): group
+        for number, request in enumerate(requests)
+        for index, group in enumerate(_groups(request.prompts))
+    }
+    runtime.together([partial(run, place, group) for place, group in places.items()])
+    return [
+        _joined([found[place] for place in places if place[0] == number])
+        for number in range(len(requests))
+    ]
+
+
+def _joined(groups: list[Generated]) -> Generated:
+    return Generated(
+        tuple(row for group in groups for row in group.tokens),
+        sum(group.nonfinite for group in groups),
+        tuple(row for group in groups for row in group.runners),
+    )
 
 
 def _groups(prompts: tuple[tuple[int, ...], ...]) -> Iterator[tuple[tuple[int, ...], ...]]:

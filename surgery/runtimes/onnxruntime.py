@@ -15,6 +15,7 @@ from surgery.export import onnxfile
 from surgery.export.tasks import find_task
 from surgery.runtimes import graph
 from surgery.runtimes.interface import Arrays, IdArrays, ModelRef, Runtime
+from surgery.runtimes.precision import compute_dtype
 
 LEVELS = {
     "disabled": "ORT_DISABLE_ALL",
@@ -50,6 +51,10 @@ class OnnxRuntime(Runtime):
     def output_names(self) -> tuple[str, ...]:
         return tuple(value.name for value in self._session.get_outputs())
 
+    @property
+    def compute(self) -> str:
+        return compute_dtype(self._proto)
+
     def infer_impl(self, inputs: IdArrays, split: int) -> Arrays:
         def run(fed: Arrays) -> Arrays:
             return dict(zip(self.output_names, self._session.run(None, fed), strict=True))
@@ -71,9 +76,9 @@ class OnnxRuntime(Runtime):
         """A session of a file, or of a model's bytes whose external data stays where it is."""
         folder = self.model.initializers
         if isinstance(source, Path) and folder is None:
-            return open_session(str(source), None, self.threads)
+            return open_session(str(source), None, self.threads, self.model.level)
         data = source.read_bytes() if isinstance(source, Path) else source
-        return open_session(data, folder or self.model.path.parent, self.threads)
+        return open_session(data, folder or self.model.path.parent, self.threads, self.model.level)
 
 
 def open_session(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from surgery.runtimes import RUNTIMES
 from surgery.runtimes.child import KEPT, batch_file, kept_file
 from surgery.runtimes.generate import Generation, generate
 from surgery.runtimes.graph import PRESENT
-from surgery.runtimes.interface import Arrays, ModelRef, Runtime
+from surgery.runtimes.interface import PART, Arrays, Cut, ModelRef, Runtime
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
@@ -26,30 +27,36 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     scratch = Path(job["scratch"])
     output = job["output"] or find_task(runtime.model.task).output
     first, started = job["first"], time.monotonic()
-    numbers = range(first, first + job["batches"])
-    batches = [_run_batch(runtime, scratch, number, output) for number in numbers]
+    batches: dict[int, Any] = dict.fromkeys(range(first, first + job["batches"]))
+
+    def batch(number: int) -> None:
+        batches[number] = _run_batch(runtime, scratch, number, output)
+
+    runtime.together([partial(batch, number) for number in batches], scratch, first)
     busy = time.monotonic() - started
     # Without its output a model cannot be continued; the batches say so already.
-    able = not any(batch["problem"] for batch in batches)
-    generations = [_generate(runtime, request, able) for request in job["generations"]]
+    able = not any(found["problem"] for found in batches.values())
+    generations = _generate(runtime, job["generations"], able)
     problem = _embed(runtime, scratch / "embedding.npy", job)
     return {
-        "batches": batches,
+        "batches": list(batches.values()),
         "generations": generations,
         "embedding_problem": problem,
+        "compute": runtime.compute,
         "busy": busy,
     }
 
 
 def _load(fields: dict[str, Any], threads: int) -> Runtime:
     folder = fields["initializers"]
-    model = ModelRef(
-        fields["runtime"],
-        Path(fields["path"]),
-        fields["task"],
-        fields["dtype"],
-        Path(folder) if folder else None,
-    )
+    given = fields["given"]
+    own = {
+        "path": Path(fields["path"]),
+        "initializers": Path(folder) if folder else None,
+        "cuts": tuple(Cut(**cut) for cut in fields["cuts"]),
+        "given": Path(given) if given else None,
+    }
+    model = ModelRef(**{**fields, **own})
     return RUNTIMES[model.runtime](model, threads)
 
 
@@ -62,7 +69,11 @@ def _run_batch(runtime: Runtime, scratch: Path, number: int, output: str) -> dic
     problem = _problem(outputs, output, mask.shape, task.rows)
     if problem is None:
         row, column = selected.T
-        kept = {KEPT: outputs[output][row] if task.rows else outputs[output][row, column]}
+        kept = {
+            name: outputs[source][row] if task.rows else outputs[source][row, column]
+            for name, source in ((KEPT, output), (PART, PART))
+            if source in outputs
+        }
         if task.cache:
             kept |= {name: outputs[name][row, :, column] for name in _caches(outputs, mask.shape)}
         if task.pooled in outputs and outputs[task.pooled].shape[:1] == mask.shape[:1]:
@@ -80,6 +91,7 @@ def _run_batch(runtime: Runtime, scratch: Path, number: int, output: str) -> dic
             "padded": count_nonfinite(array, padding(mask)),
         }
         for name, array in outputs.items()
+        if name != PART
     ]
     return {"outputs": facts, "problem": problem}
 
@@ -133,13 +145,15 @@ def padding(mask: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.asarray((1 - mask) * mask.any(axis=1, keepdims=True), np.int64)
 
 
-def _generate(runtime: Runtime, request: dict[str, Any], able: bool) -> dict[str, Any]:
-    prompts = tuple(tuple(prompt) for prompt in request["prompts"])
+def _generate(runtime: Runtime, requests: list[dict[str, Any]], able: bool) -> list[dict[str, Any]]:
+    wanted = [
+        Generation(tuple(map(tuple, own["prompts"])), own["max_new_tokens"], tuple(own["eos"]))
+        for own in requests
+    ]
     if not able:
-        return {"tokens": [() for _ in prompts], "nonfinite": 0, "runners": [() for _ in prompts]}
-    wanted = Generation(prompts, request["max_new_tokens"], tuple(request["eos"]))
-    found = generate(runtime, wanted)
-    return {"tokens": found.tokens, "nonfinite": found.nonfinite, "runners": found.runners}
+        nothing = [[() for _ in own.prompts] for own in wanted]
+        return [{"tokens": rows, "nonfinite": 0, "runners": rows} for rows in nothing]
+    return [vars(found) for found in generate(runtime, wanted)]
 
 
 def _embed(runtime: Runtime, path: Path, job: dict[str, Any]) -> str | None:

@@ -23,8 +23,8 @@ LONG = 64
 LEAST_TOKENS = 16
 """The shortest that a long row is made."""
 
-LONG_ROWS = 3
-"""Long rows for which room is kept: a long one, the last positions, a long cache."""
+LONG_ROWS = 4
+"""Long rows for which room is kept: text, a long one, the last positions, a long cache."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def afford(batches: Sequence[Batch], positions: int) -> Afforded:
 
     Each probe is of a kind of its own, so the short ones come first, the cheapest before all, and
     among equals in the order given. What they leave is shared evenly among as many long rows, in
-    the order given, as get 16 tokens each; room for three of those is kept.
+    the order given, as get 16 tokens each; room for four of those is kept.
     """
     if sum(map(cost, batches)) <= positions:
         return Afforded(tuple(batches), {})

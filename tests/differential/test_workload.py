@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from surgery.export import choose_task
 from surgery.policy import BUILT_IN
 from surgery.report import Report, render
 from surgery.stimuli import afford
+from surgery.stimuli.text import NAME as TEXT
+
+FIXTURE = Path(__file__).resolve().parents[2] / "fixtures" / "polyglot-llama"
 
 
 def workload(model: Path, task: str = "causal-lm", seed: int = 0) -> Workload:
@@ -46,3 +50,18 @@ def test_what_a_large_model_is_not_asked_is_in_the_report(
     for format in ("text", "md", "html"):
         shown = render(told(less), format)
         assert all(name in shown for name in dropped)
+
+
+def test_real_text_is_asked_where_there_is_a_tokenizer(
+    base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One that is not the model's stops nothing, and is told."""
+    model = tmp_path / "model"
+    shutil.copytree(base_of("gpt2"), model)
+    assert TEXT not in {batch.name for batch in workload(model).batches}
+    (model / "tokenizer.json").write_text("{}")
+    own = workload(model)
+    assert "not a tokenizer" in own.left_out[TEXT] and TEXT in render(told(own), "text")
+    shutil.copy(FIXTURE / "tokenizer.json", model)
+    assert "for plain text" in workload(model).left_out[TEXT], "2,400 tokens for a model of 101"
+    assert TEXT in {batch.name for batch in workload(FIXTURE).batches}

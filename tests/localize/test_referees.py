@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -229,23 +228,31 @@ def another_capture() -> Iterator[None]:
         yield
 
 
+class Captured:
+    """A model whose capture is another one, with a cache of graphs of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self._graphs = str(root / "graphs")
+        with self.entered():
+            self.base = Base.make("llama", root, Here(root / "cache", captures=True), layers=2)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        with patch.dict("os.environ", {"SURGERY_CACHE": self._graphs}), another_capture():
+            yield
+
+    def localized(self, path: Path) -> Fault:
+        with self.entered():
+            return localized(self.base, path)
+
+
 @pytest.fixture(scope="module")
-def captured(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    """A model whose export is of another capture, from a cache of its own."""
-    root = tmp_path_factory.mktemp("capture")
-    with patch.dict("os.environ", {"SURGERY_CACHE": str(root / "graphs")}), another_capture():
-        return Base.make("llama", root, Here(root / "cache"), layers=2)
+def captured(tmp_path_factory: pytest.TempPathFactory) -> Captured:
+    return Captured(tmp_path_factory.mktemp("capture"))
 
 
-def fault_under_capture(base: Base, path: Path, root: Path) -> Fault:
-    with patch.dict("os.environ", {"SURGERY_CACHE": str(root / "graphs")}), another_capture():
-        return localized(base, path)
-
-
-def test_a_module_that_exports_otherwise_than_it_runs_is_the_capture(
-    captured: Base, tmp_path: Path
-) -> None:
-    fault = fault_under_capture(captured, captured.onnx, tmp_path)
+def test_a_module_that_exports_otherwise_than_it_runs_is_the_capture(captured: Captured) -> None:
+    fault = captured.localized(captured.base.onnx)
     assert fault.stage == "capture"
     assert (fault.site, fault.also) == ("down_proj.0 input", ("down_proj.1 input",))
     assert right(fault) == {"PyTorch"}
@@ -253,12 +260,21 @@ def test_a_module_that_exports_otherwise_than_it_runs_is_the_capture(
 
 
 def test_a_file_of_another_capture_is_not_put_down_to_ours(
-    bases: Bases, captured: Base, tmp_path: Path
+    bases: Bases, captured: Captured
 ) -> None:
-    """The file's own fault is at the same place as our capture's, and another one."""
-    base = bases("llama")
-    path, _ = base.plant("graph", "activation lost", 0)
-    fresh = replace(base, here=Here(tmp_path / "here"))
-    fault = fault_under_capture(fresh, path, tmp_path)
+    """The file's own fault is at the same place as our capture's, and another one; the model is
+    the same to the bit."""
+    path, _ = bases("llama").plant("graph", "activation lost", 0)
+    fault = captured.localized(path)
     assert (fault.site, fault.stage) == ("down_proj.0 input", "translate")
     assert "our own capture of the model is wrong there too, in another way" in fault.note
+
+
+def test_a_fault_elsewhere_than_in_the_capture_is_not_put_down_to_it(
+    bases: Bases, captured: Captured
+) -> None:
+    """Here the captured program runs for itself, and is right."""
+    path, _ = bases("llama").plant("graph", "softmax axis", 1)
+    fault = captured.localized(path)
+    assert (fault.site, fault.stage, fault.note) == ("o_proj.1 input", "translate", "")
+    assert right(fault) == {"PyTorch", "ExportedProgram"}

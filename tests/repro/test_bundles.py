@@ -7,14 +7,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import onnx
 import pytest
+from here import in_this_process
 
 from surgery import pipeline
 from surgery.errors import EnvironmentFault
+from surgery.export import export
 from surgery.repro import Bundle, Repros, script
 from surgery.repro.making import Reproducer
 from tests.localize.campaign import Base
@@ -35,8 +38,8 @@ FILES = {
 }  # fmt: skip
 
 
-def made(base: Base, kind: str, fault: str, output: Path) -> Repros:
-    path, _ = base.plant(kind, fault, 0)
+def made(base: Base, kind: str, fault: str, output: Path, layer: int = 0) -> Repros:
+    path, _ = base.plant(kind, fault, layer)
     with base.here.installed():
         return pipeline.repro(base.model, output, onnx=path)
 
@@ -129,6 +132,52 @@ def test_a_passing_model_that_is_wrong_is_told(softmax: Path, tmp_path: Path) ->
     assert alone(folder).returncode == 2
 
 
+def test_the_same_fault_in_another_layer_has_the_same_fingerprint(
+    bases: Bases, softmax: Path, tmp_path: Path
+) -> None:
+    found = made(bases("llama"), "graph", "softmax axis", tmp_path / "out", layer=1)
+    assert [bundle.fingerprint for bundle in found.bundles] == [softmax.name]
+
+
+FAULTS = [
+    ("weight", "stale"),
+    ("constant", "rotary base"),
+    ("graph", "softmax axis"),
+    ("graph", "residual subtracted"),
+    ("graph", "float16 in between"),
+    ("graph", "mask off by one"),
+    ("interface", "one feature less"),
+]
+
+
+@pytest.mark.campaign
+def test_fingerprints_are_those_of_other_weights_and_sizes_and_of_no_other_fault(
+    bases: Bases, tmp_path: Path
+) -> None:
+    first = bases("llama")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8}
+    models = [first, reseeded(first, tmp_path), sized(first, tmp_path, sizes)]
+    found: dict[str, set[tuple[str, ...]]] = {}
+    for kind, fault in FAULTS:
+        for number, base in enumerate(models):
+            repros = made(base, kind, fault, tmp_path / f"{fault}-{number}")
+            marks = tuple(bundle.fingerprint for bundle in repros.bundles)
+            found.setdefault(fault, set()).add(marks)
+    assert all(len(marks) == 1 for marks in found.values()), found
+    assert len({mark for marks in found.values() for mark in marks}) == len(FAULTS), found
+
+
+def reseeded(base: Base, root: Path) -> Base:
+    """The same model with other weights."""
+    with in_this_process():
+        file = export(base.other, root / "reseeded").model
+    return Base(base.name, base.other, file, root, base.here, base.model)
+
+
+def sized(base: Base, root: Path, sizes: dict[str, int]) -> Base:
+    return Base.make(base.name, root / "sized", base.here, sizes, layers=4)
+
+
 def test_the_script_imports_onnxruntime_and_numpy_alone() -> None:
     tree = ast.parse(Path(script.__file__).read_text(encoding="utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -145,13 +194,21 @@ def test_a_right_conversion_makes_nothing(bases: Bases, tmp_path: Path) -> None:
 
 
 def test_a_bundle_that_cannot_be_made_is_told_and_nothing_passes(
-    bases: Bases, tmp_path: Path
+    bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def crash(self: Reproducer, **job: object) -> dict[str, object]:
+    """And a child, whose working folder is another, is given whole paths."""
+    base, seen = bases("llama"), []
+
+    def crash(self: Reproducer, **job: Any) -> dict[str, object]:
+        seen.extend([job[side][key] for side in ("graph", "fresh") for key in ("path", "folder")])
         raise EnvironmentFault("a bundle: crash: ended by SIGSEGV")
 
-    with patch.object(Reproducer, "_child", crash):
-        found = made(bases("llama"), "graph", "softmax axis", tmp_path / "out")
+    base.plant("graph", "softmax axis", 0)
+    monkeypatch.chdir(base.root)
+    with base.here.installed(), patch.object(Reproducer, "_child", crash):
+        model, file = Path(base.model.name), Path("planted.onnx")
+        found = pipeline.repro(model, tmp_path / "out", onnx=file)
+    assert seen and all(Path(path).is_absolute() for path in seen)
     assert found.verdict == "fail" and not found.bundles
     assert "SIGSEGV" in found.missed[0]
     assert not (tmp_path / "out").exists()
