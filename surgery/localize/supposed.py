@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import numpy_dtype
@@ -23,7 +24,25 @@ from surgery.gate import RHO_NAMES
 from surgery.localize.result import LIMIT
 from surgery.process import one_line
 
-_SUPPOSED = (-0.5, 1.0)
+Array = NDArray[np.float64]
+
+
+def _half(old: Array, new: Array) -> Array:
+    return old + (new - old) / 2
+
+
+def _twice(old: Array, new: Array) -> Array:
+    return new + (new - old)
+
+
+def _again(old: Array, new: Array) -> Array:
+    """Scaled once more, where an edit scales."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(old == 0, new, new * (new / old))
+
+
+_SUPPOSED = ((RHO_NAMES[-0.5], _half), (RHO_NAMES[1.0], _twice), (RHO_NAMES[1.0], _again))
+"""What may have become of an edit, and the weights that the graph then has."""
 
 
 def became_of_edit(
@@ -57,21 +76,24 @@ def _supposed(
     progress: Callable[[str], None],
 ) -> Iterator[Finding]:
     """Named as the interaction would be, if the edited graph is right for such a model."""
-    for rho in _SUPPOSED:
+    for name, weights in _SUPPOSED:
         with tempfile.TemporaryDirectory(prefix="surgery-edit-") as folder:
             model = Path(folder)
-            progress(f"PyTorch with {1 + rho:g} times the edit")
-            write_edit(original.model, edited.model, 1 + rho, model)
+            progress(f"PyTorch, {name}")
+            write_edit(original.model, edited.model, weights, model)
             pair = Pair(model, edited.onnx, edited.data)
             rows = measure({"C_o": pair}, task, workload, limits, progress).conversion
         if rows and all(max(r.ratio_max, r.ratio_l2, r.ratio_position) <= LIMIT for r in rows):
-            text = f"R_e: {RHO_NAMES[rho]}: the graph is right for {1 + rho:g} times the edit"
-            yield Finding("interaction", RHO_NAMES[rho], "R_e", text)
+            text = f"R_e: {name}: the graph is right for a model with such weights"
+            yield Finding("interaction", name, "R_e", text)
+            return
 
 
-def write_edit(original: Path, edited: Path, times: float, folder: Path) -> None:
-    """The edited checkpoint in `folder`, with original + `times` (edited - original) in every
-    tensor of one shape and dtype in both."""
+def write_edit(
+    original: Path, edited: Path, weights: Callable[[Array, Array], Array], folder: Path
+) -> None:
+    """The edited checkpoint in `folder`, with `weights` of the original's and the edited numbers in
+    every tensor of one shape and dtype in both."""
     before, after = Checkpoint.open(original), Checkpoint.open(edited)
     for file in (*edited.glob("*.json"), *(after.path(name) for name in after.weight_files)):
         shutil.copyfile(file, folder / file.name)
@@ -80,7 +102,7 @@ def write_edit(original: Path, edited: Path, times: float, folder: Path) -> None
         if alike and before.info(name).dtype == info.dtype:
             old, new = (model.read(name).astype(np.float64) for model in (before, after))
             if not np.array_equal(old, new):
-                values = (old + times * (new - old)).astype(numpy_dtype(info.dtype))
+                values = weights(old, new).astype(numpy_dtype(info.dtype))
                 with (folder / info.file).open("r+b") as shard:
                     shard.seek(info.begin)
                     shard.write(values.tobytes())

@@ -60,9 +60,12 @@ class Clean:
         return Made(self.model, self.onnx, partial(_at_level, level))
 
     def saved(self, level: str) -> Made:
-        """The file that ONNX Runtime writes once it has optimised the graph."""
+        """The file that ONNX Runtime writes once it has optimised the graph; beside it the data
+        that it names."""
         import onnxruntime as ort
 
+        for data in self.onnx.parent.glob("*.data"):
+            shutil.copy(data, self.root)
         options, path = ort.SessionOptions(), self.root / f"saved-{level}.onnx"
         options.graph_optimization_level = _level(level)
         options.optimized_model_filepath = str(path)
@@ -95,7 +98,7 @@ class Clean:
         folder.mkdir()
         onnx.save(
             onnx.load(str(self.onnx)), str(folder / "model.onnx"), save_as_external_data=True,
-            location="model.onnx.data", size_threshold=0,
+            location="model.onnx.data", size_threshold=1024,
         )  # fmt: skip
         return Made(self.model, folder / "model.onnx")
 
