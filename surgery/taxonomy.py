@@ -76,7 +76,6 @@ STAGES = {
     "lineage": Stage.EXPORT,
     "embedding": Stage.NODES,
     "translate": Stage.NODES,
-    "layer": Stage.NODES,
     "optimise": Stage.OPTIMISATION,
     "conversion": Stage.VALIDATION,
     "localize": Stage.VALIDATION,
