@@ -36,7 +36,7 @@ SPOKEN = {
     "outcome.status": {"crash", "timeout", "error"},
     "_symptom(bad)": {"nan", IMPOSSIBLE},
     "_symptom({name: drifted})": {"nan", IMPOSSIBLE},
-    "RHO_NAMES[rho]": set(RHO_NAMES.values()),
+    "name": set(RHO_NAMES.values()),
     "named": {*RHO_NAMES.values(), CHANGED, "wrong value"},
     "name or 'wrong value'": {*RHO_NAMES.values(), "wrong value"},
     "kind": {"introduced error"},
