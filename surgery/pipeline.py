@@ -28,14 +28,13 @@ from surgery.evidence import EDGES, Evidence, Finding
 from surgery.export import CACHED, Task, choose_task, export, export_graph, onnxfile
 from surgery.export.layouts.linked import links
 from surgery.export.lineage import Lineage, trace
-from surgery.gate import FAIL, judge
+from surgery.gate import FAIL, WRONG_SHAPE, judge
 from surgery.localize import LIMIT, Localization
 from surgery.localize import localize as find
 from surgery.localize.edit import EditTrace, trace_edit
 from surgery.localize.layers import introduced, streamed
 from surgery.localize.supposed import became_of_edit
 from surgery.localize.weights import stale_tensors
-from surgery.noise_rules import WRONG_SHAPE
 from surgery.policy import BUILT_IN, Policy
 from surgery.process import one_line
 from surgery.record import environment

@@ -69,7 +69,7 @@ HAZARDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "its own.",
         (
             "differential/test_defects.py::test_nan_is_a_finding_at_its_first_batch",
-            "test_gate.py::test_no_policy_lets_nan_pass",
+            "gate/test_verdict.py::test_no_policy_lets_nan_pass",
         ),
     ),
     (
@@ -79,7 +79,7 @@ HAZARDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             "differential/test_defects.py::test_another_interface_is_a_finding_that_names_the_output",
             "differential/test_defects.py::test_a_missing_cache_output_is_a_finding",
             "differential/test_outcomes.py::test_nothing_compared_is_no_pass",
-            "test_gate.py::test_a_missing_corner_fails",
+            "gate/test_verdict.py::test_a_missing_corner_fails",
         ),
     ),
     (

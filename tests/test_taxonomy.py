@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import surgery
 from surgery.evidence import Finding
 from surgery.export.lineage import diagnosis
-from surgery.gate import IMPOSSIBLE, RHO_NAMES
+from surgery.gate import RHO_NAMES
+from surgery.gate.words import IMPOSSIBLE
 from surgery.localize.edit import CHANGED
 from surgery.taxonomy import (
     STAGES,

@@ -14,7 +14,7 @@ from surgery.differential.workload import Workload
 from surgery.errors import StimuliError, quote
 from surgery.evidence import Evidence, Finding
 from surgery.export.tasks import Task
-from surgery.noise_rules import noise_dtype
+from surgery.gate import noise_dtype
 from surgery.policy import CONVERSION_MAX_NOISE_RATIO, Policy
 from surgery.registry import suggest
 from surgery.runtimes.child import Limits, Outcome

@@ -17,7 +17,7 @@ def test_every_test_that_is_named_is_there() -> None:
 
 
 def test_a_test_that_is_gone_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    gone = ("test_gate.py::test_that_never_was", "nowhere.py::test_clean_evidence_passes")
+    gone = ("gate/test_verdict.py::test_that_never_was", "nowhere.py::test_clean_evidence_passes")
     monkeypatch.setattr(hazards, "HAZARDS", (("what", "answer", gone),))
     assert hazards.missing() == list(gone)
 

@@ -24,15 +24,12 @@ from surgery.evidence import (
     Interval,
     Parting,
 )
+from surgery.gate.words import IMPOSSIBLE, RUNTIMES
 from surgery.policy import Policy, PreservePolicy, TargetRule
-
-IMPOSSIBLE = "impossible"
-"""The symptom of evidence that no run can have measured."""
 
 UNCERTAIN = "not certain"
 UNCALIBRATED = "A/A beyond limit"
 
-RUNTIMES = {"T": "PyTorch", "R": "ONNX Runtime"}
 LIMITS = {
     "kl": "max_kl",
     "flip_rate": "max_flip_rate",

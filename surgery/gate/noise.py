@@ -19,10 +19,10 @@ from dataclasses import fields
 from typing import Any
 
 from surgery.evidence import CORNERS, EDGES, ErrorShape, Evidence, Finding, Repeat, Tolerance
+from surgery.gate.words import IMPOSSIBLE
 from surgery.policy import ConversionPolicy, Policy
 from surgery.presets import PRESETS
 
-IMPOSSIBLE = "impossible"
 WRONG_SHAPE = "wrong distribution"
 
 SIGNED = ("noise_mean", "error_mean")

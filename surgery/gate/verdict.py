@@ -13,14 +13,14 @@ The law:
    row of a corner that did not run.
 6. Conversion: on every edge and output, the worst element, the L2 norm and the worst position
    stay within `conversion.max_noise_ratio` times the noise of what the graph computes in, float32
-   mostly. The error is also distributed as that noise is (`noise_rules`).
+   mostly. The error is also distributed as that noise is (`surgery.gate.noise`).
 7. Interaction: on every stimulus set, ||I|| stays within `interaction.max_ratio` of the effect,
    or within `interaction.max_noise_ratio` of the noise. Where the effect itself is within that
    noise it is no yardstick, and noise alone judges.
 8. Preserve and target limits hold in PyTorch and in ONNX Runtime, each; a limit asked for but not
    measured fails, and so does one about an edit where no edited model was tested.
 9. Where the policy asks for confidence, a limit holds for the whole interval too, and A/A keeps to
-   it: `surgery.gate_behaviour`, which also has law 5 for the statistics of behaviour.
+   it: `surgery.gate.behaviour`, which also has law 5 for the statistics of behaviour.
 
 A larger error never turns a fail into a pass (a property test holds the gate to that).
 """
@@ -34,8 +34,9 @@ from typing import Any
 
 from surgery.evidence import CORNERS, EDGES, Conversion, Drift, Effect, Evidence, Finding
 from surgery.evidence import Interaction as Measured
-from surgery.gate_behaviour import IMPOSSIBLE, judge_behaviour
-from surgery.noise_rules import judge_noise, noise_dtype
+from surgery.gate.behaviour import judge_behaviour
+from surgery.gate.noise import judge_noise, noise_dtype
+from surgery.gate.words import IMPOSSIBLE, RUNTIMES
 from surgery.policy import Policy, TargetRule
 
 PASS, FAIL, NOT_EVALUATED = "pass", "fail", "not_evaluated"
@@ -44,8 +45,6 @@ EXIT_CODES = {PASS: 0, FAIL: 1, NOT_EVALUATED: 5}
 """What a command that judges exits with."""
 
 UNCOVERED = "embedding not compared"
-
-RUNTIMES = {"T": "PyTorch", "R": "ONNX Runtime"}
 
 MUCH_WORSE = 4.0
 """How far apart C_e and C_o must be to blame one conversion and not the converter; words only."""
