@@ -83,6 +83,7 @@ STAGES = {
     "verify": Stage.VALIDATION,
     "interaction": Stage.VALIDATION,
     "tolerance": Stage.VALIDATION,
+    "layer": Stage.VALIDATION,
     "preserve": Stage.EDIT,
     "target": Stage.EDIT,
 }

@@ -143,13 +143,13 @@ class Report(BaseModel):
     sites: tuple[Annotated[SiteInteraction, _Row()], ...] = ()
     faults: tuple[Annotated[Finding, _Row()], ...]
     findings: tuple[Annotated[Finding, _Row()], ...]
-    issues: tuple[Annotated[Issue, _Row()], ...]
+    issues: tuple[Annotated[Issue, _Row()], ...] = ()
     compared: int
     covered_rows: int
     layers: tuple[Annotated[LayerError, _Row()], ...] = ()
-    shapes: tuple[Annotated[ErrorShape, _Row()], ...]
-    tolerances: tuple[Annotated[Tolerance, _Row()], ...]
-    repeats: tuple[Annotated[Repeat, _Row()], ...]
+    shapes: tuple[Annotated[ErrorShape, _Row()], ...] = ()
+    tolerances: tuple[Annotated[Tolerance, _Row()], ...] = ()
+    repeats: tuple[Annotated[Repeat, _Row()], ...] = ()
     policy: Policy
     environment: dict[str, str]
     inputs: dict[str, dict[str, JsonValue]]

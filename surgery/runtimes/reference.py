@@ -13,6 +13,7 @@ from onnx.reference.op_run import OpRun
 from surgery.export import onnxfile
 from surgery.export.tasks import find_task
 from surgery.runtimes import graph
+from surgery.runtimes.attention import ATTENTION
 from surgery.runtimes.contrib import CONTRIB
 from surgery.runtimes.interface import Arrays, IdArrays, ModelRef, Runtime
 
@@ -36,7 +37,7 @@ def evaluator(model: Any) -> ReferenceEvaluator:
     for index, node in enumerate(model.graph.node):
         named = enumerate(node.output)
         node.output[:] = [name or f"unread/{index}.{number}" for number, name in named]
-    return ReferenceEvaluator(model, new_ops=[GatherElements, *CONTRIB])
+    return ReferenceEvaluator(model, new_ops=[GatherElements, *CONTRIB, *ATTENTION])
 
 
 class ReferenceRuntime(Runtime):

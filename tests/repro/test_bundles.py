@@ -6,6 +6,7 @@ import ast
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -171,7 +172,7 @@ def reseeded(base: Base, root: Path) -> Base:
     """The same model with other weights."""
     with in_this_process():
         file = export(base.other, root / "reseeded").model
-    return Base(base.name, base.other, file, root, base.here, base.model)
+    return replace(base, model=base.other, onnx=file, root=root, other=base.model)
 
 
 def sized(base: Base, root: Path, sizes: dict[str, int]) -> Base:

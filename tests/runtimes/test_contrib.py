@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from surgery.runtimes.attention import ATTENTION
 from surgery.runtimes.contrib import CONTRIB
 from surgery.runtimes.reference import evaluator
 
@@ -223,4 +224,4 @@ def test_every_definition_is_tested() -> None:
         "SimplifiedLayerNormalization", "EmbedLayerNormalization", "RotaryEmbedding",
         "MultiHeadAttention", "Attention", "GroupQueryAttention",
     }  # fmt: skip
-    assert {definition.__name__ for definition in CONTRIB} == tested
+    assert {definition.__name__ for definition in (*CONTRIB, *ATTENTION)} == tested
