@@ -41,8 +41,8 @@ def _again(old: Array, new: Array) -> Array:
         return np.where(old == 0, new, new * (new / old))
 
 
-_SUPPOSED = ((RHO_NAMES[-0.5], _half), (RHO_NAMES[1.0], _twice), (RHO_NAMES[1.0], _again))
-"""What may have become of an edit, and the weights that the graph then has."""
+_SUPPOSED = ((-0.5, _half), (1.0, _twice), (1.0, _again))
+"""What may have become of an edit, as its rho, and the weights that the graph then has."""
 
 
 def became_of_edit(
@@ -76,16 +76,16 @@ def _supposed(
     progress: Callable[[str], None],
 ) -> Iterator[Finding]:
     """Named as the interaction would be, if the edited graph is right for such a model."""
-    for name, weights in _SUPPOSED:
+    for rho, weights in _SUPPOSED:
         with tempfile.TemporaryDirectory(prefix="surgery-edit-") as folder:
             model = Path(folder)
-            progress(f"PyTorch, {name}")
+            progress(f"PyTorch with the edit {RHO_NAMES[rho]}")
             write_edit(original.model, edited.model, weights, model)
             pair = Pair(model, edited.onnx, edited.data)
             rows = measure({"C_o": pair}, task, workload, limits, progress).conversion
         if rows and all(max(r.ratio_max, r.ratio_l2, r.ratio_position) <= LIMIT for r in rows):
-            text = f"R_e: {name}: the graph is right for a model with such weights"
-            yield Finding("interaction", name, "R_e", text)
+            text = f"R_e: {RHO_NAMES[rho]}: the graph is right for a model with such weights"
+            yield Finding("interaction", RHO_NAMES[rho], "R_e", text)
             return
 
 
