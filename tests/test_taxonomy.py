@@ -37,7 +37,7 @@ SPOKEN = {
     "outcome.status": {"crash", "timeout", "error"},
     "_symptom(bad)": {"nan", IMPOSSIBLE},
     "_symptom({name: drifted})": {"nan", IMPOSSIBLE},
-    "name": set(RHO_NAMES.values()),
+    "RHO_NAMES[rho]": set(RHO_NAMES.values()),
     "named": {*RHO_NAMES.values(), CHANGED, "wrong value"},
     "name or 'wrong value'": {*RHO_NAMES.values(), "wrong value"},
     "kind": {"introduced error"},
