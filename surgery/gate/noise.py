@@ -3,7 +3,8 @@
 Pure, like the gate. On every edge and output that was compared:
 - the error is distributed as the noise is: both distributions overlap by at least
   `conversion.min_overlap`, or the error's sigma is at most `conversion.max_sigma_ratio` of the
-  noise's, so that a runtime may be more exact than PyTorch;
+  noise's, so that a runtime may be more exact than PyTorch; asked where the ratios hold, since one
+  fault is told once;
 - where `conversion.preset` names a fixed tolerance, no element lies beyond it. It is asked in
   addition: no tolerance makes up for a rule that failed.
 A model run again, with another number of threads, attention or optimisation, stays within
@@ -41,7 +42,7 @@ def judge_noise(evidence: Evidence, policy: Policy) -> Iterator[Finding]:
     yield from _unmeasured(evidence)
     yield from _misplaced(evidence)
     for shape in evidence.shapes:
-        yield from _shape(shape, policy.conversion)
+        yield from _shape(shape, policy.conversion, _told(shape, evidence, policy))
     for tolerance in evidence.tolerances:
         yield from _tolerance(tolerance, policy.conversion.preset)
     for repeat in evidence.repeats:
@@ -85,7 +86,17 @@ def _misplaced(evidence: Evidence) -> Iterator[Finding]:
 # --------------------------------------------------------------------------------------- shape
 
 
-def _shape(row: ErrorShape, limits: ConversionPolicy) -> Iterator[Finding]:
+def _told(shape: ErrorShape, evidence: Evidence, policy: Policy) -> bool:
+    """Whether the ratios of the same output say already that it is wrong."""
+    limit = policy.conversion.max_noise_ratio
+    return any(
+        max(row.ratio_max, row.ratio_l2, row.ratio_position) > limit
+        for row in evidence.conversion
+        if (row.edge, row.output) == (shape.edge, shape.output)
+    )
+
+
+def _shape(row: ErrorShape, limits: ConversionPolicy, told: bool) -> Iterator[Finding]:
     site = f"{row.edge}/{row.output}"
     bad = _bad(row)
     if not row.overlap <= 1:
@@ -96,7 +107,7 @@ def _shape(row: ErrorShape, limits: ConversionPolicy) -> Iterator[Finding]:
         yield _impossible(f"the shape of {row.output}'s error on {row.edge}", site, bad)
         return
     least = limits.min_overlap - CHANCE / row.elements
-    if row.overlap < least and row.sigma_ratio > limits.max_sigma_ratio:
+    if not told and row.overlap < least and row.sigma_ratio > limits.max_sigma_ratio:
         message = (
             f"the error of {row.output} is not distributed as {row.dtype} noise on {row.edge}: "
             f"they overlap by {row.overlap:.3g}, expected {least:.3g}, its sigma is "

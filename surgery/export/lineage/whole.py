@@ -26,14 +26,14 @@ from surgery.export.lineage.quantised import Packed, packed
 from surgery.export.lineage.result import UNMATCHED, Lineage, Row
 from surgery.export.lineage.sampling import Sampler
 from surgery.export.lineage.stored import Stored, stored_initializer, stored_tensor
-from surgery.export.lineage.trace import Traced, Tracer
+from surgery.export.lineage.tracer import Traced, Tracer
 from surgery.export.lineage.uses import uses
 
 
 def trace_whole(
     onnx: Path, model: Path, progress: Progress | None, initializers: Path | None
 ) -> Lineage:
-    """What every initializer is; see `surgery.export.lineage.trace`, which also checks the file."""
+    """What every initializer is; see `surgery.export.lineage.tracer`, which also checks the file."""
     graph = onnxfile.read(onnx, initializers).graph
     checkpoint = Checkpoint.open(model)
     tracer = _tracer(checkpoint, graph, read_claims(onnx, checkpoint))
