@@ -33,7 +33,7 @@ from surgery.export.lineage.uses import uses
 def trace_whole(
     onnx: Path, model: Path, progress: Progress | None, initializers: Path | None
 ) -> Lineage:
-    """What every initializer is; see `surgery.export.lineage.tracer`, which also checks the file."""
+    """What every initializer is; see `surgery.export.lineage.trace`, which also checks the file."""
     graph = onnxfile.read(onnx, initializers).graph
     checkpoint = Checkpoint.open(model)
     tracer = _tracer(checkpoint, graph, read_claims(onnx, checkpoint))
