@@ -31,9 +31,10 @@ test: $(SETUP)
 campaign: $(SETUP)
 	$(BIN)/python -m pytest -m campaign
 
-# Every seeded fault in every model: what is caught, and how near the localisation comes.
+# Every seeded fault in every model: what is caught, and how near the localisation comes. Goes on
+# where a run of the same code was stopped.
 fault-campaign: $(SETUP)
-	$(BIN)/python tools/seed_faults.py --output build/faults
+	$(BIN)/python tools/seed_faults.py --resume --output build/faults --document docs/faults.md
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

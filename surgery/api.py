@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # a command imports what it uses and no more
     from surgery.plan import Plan
     from surgery.policy import Policy
     from surgery.report import Report
+    from surgery.repro import Repros
     from surgery.revert import Restored
     from surgery.verify import Verification
 
@@ -40,6 +41,7 @@ __all__ = [
     "localize",
     "plan",
     "report",
+    "repro",
     "revert",
     "schema",
     "validate",
@@ -207,6 +209,30 @@ def localize(
 
     return run(
         Path(model),
+        onnx=_path(onnx),
+        edited=_path(edited),
+        edited_onnx=_path(edited_onnx),
+        stimuli=[Path(file) for file in stimuli],
+        **options,
+    )
+
+
+def repro(
+    model: AnyPath,
+    output: AnyPath,
+    *,
+    onnx: AnyPath | None = None,
+    edited: AnyPath | None = None,
+    edited_onnx: AnyPath | None = None,
+    stimuli: Sequence[AnyPath] = (),
+    **options: Any,
+) -> Repros:
+    """A bundle for each fault; `options` are those of `surgery.pipeline.repro`."""
+    from surgery.pipeline import repro as run
+
+    return run(
+        Path(model),
+        Path(output),
         onnx=_path(onnx),
         edited=_path(edited),
         edited_onnx=_path(edited_onnx),

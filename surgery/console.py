@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from surgery.arch.inspection import Inspection
     from surgery.checkpoint.resize import Side
     from surgery.compare import Comparison
+    from surgery.doctor import Diagnosis
     from surgery.export import ExportResult
     from surgery.export.cache import Entry
     from surgery.export.lineage import Lineage
     from surgery.localize import Localization
     from surgery.localize import Row as BoundaryRow
+    from surgery.localize.edit import EditTrace
+    from surgery.localize.referees import Ruling
     from surgery.plan import Plan
 
 MAX_ROWS = 200
@@ -106,6 +109,14 @@ def cache_text(found: list[Entry]) -> str:
     return "\n".join([*([table(header, rows)] if rows else []), total])
 
 
+def doctor_text(found: Diagnosis) -> str:
+    """What the doctor found, for people: every row, and how many are not well."""
+    rows = [(row.status, row.name, row.found, row.remedy) for row in found.rows]
+    bad = sum(row.status == "fail" for row in found.rows)
+    said = f"{count(bad, 'failure')}" if bad else "ok"
+    return "\n".join([table(("", "what", "found", "way out"), rows), said])
+
+
 def localization_text(edge: str, found: Localization) -> str:
     """A localisation for people: errors at every boundary, then what brings them in."""
     rows = [
@@ -118,7 +129,28 @@ def localization_text(edge: str, found: Localization) -> str:
         lines.append(f"of another shape, not compared: {', '.join(found.left_out)}")
     if not found.faults:
         lines.append("no module brings an error in" if found.clean else f"not found: {found.note}")
-    return "\n".join([*lines, *(one_line(str(fault)) for fault in found.faults)])
+    for fault in found.faults:
+        lines += [one_line(str(fault)), *map(_ruled, fault.referees)]
+    if found.edit is not None:
+        lines += ["", *_edit_lines(found.edit)]
+    return "\n".join(lines)
+
+
+def _edit_lines(found: EditTrace) -> Iterator[str]:
+    """The interaction where it says something: the residual stream, and where the edit acts."""
+    from surgery.report.tables import sites_table
+
+    shown = sites_table(found.rows)
+    if shown.rows:
+        yield table(shown.headers, shown.rows)
+    yield one_line(str(found))
+
+
+def _ruled(ruling: Ruling) -> str:
+    """One referee: how far off it is there, in units of the noise, or why it gave nothing."""
+    mark = "right" if ruling.right else "wrong"
+    told = one_line(ruling.why) if ruling.ratio is None else f"{ruling.ratio:.3g}, {mark}"
+    return f"  {ruling.referee}: {told}"
 
 
 def _mark(row: BoundaryRow) -> str:

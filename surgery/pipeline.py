@@ -13,20 +13,33 @@ from surgery.apply import apply
 from surgery.arch import identify
 from surgery.checkpoint import Checkpoint, Staging
 from surgery.checkpoint.files import sha256_file
-from surgery.differential import DEFAULT_SEED, Limits, Pair, Workload, make_workload, measure
+from surgery.differential import (
+    DEFAULT_SEED,
+    Limits,
+    Pair,
+    Workload,
+    explore,
+    make_workload,
+    measure,
+    only,
+)
 from surgery.errors import InputError, NothingCompared
-from surgery.evidence import EDGES, Evidence
+from surgery.evidence import EDGES, Evidence, Finding
 from surgery.export import CACHED, Task, choose_task, export, export_graph, onnxfile
 from surgery.export.layouts.linked import links
 from surgery.export.lineage import Lineage, trace
-from surgery.gate import judge
+from surgery.gate import FAIL, WRONG_SHAPE, judge
 from surgery.localize import LIMIT, Localization
 from surgery.localize import localize as find
+from surgery.localize.edit import EditTrace, trace_edit
+from surgery.localize.layers import introduced, streamed
+from surgery.localize.supposed import became_of_edit
 from surgery.localize.weights import stale_tensors
 from surgery.policy import BUILT_IN, Policy
 from surgery.process import one_line
 from surgery.record import environment
 from surgery.report import Report, render
+from surgery.repro import Conversion, Repros, write_bundles
 from surgery.runtimes.graph import has_cache
 from surgery.stimuli import Batch
 from surgery.stimuli.prompts import load_stimuli
@@ -53,20 +66,33 @@ def diff(
     policy: Policy = BUILT_IN,
     task: str | None = None,
     seed: int = DEFAULT_SEED,
+    aa: bool = False,
     limits: Limits | None = None,
     progress: Progress = silent,
     root: Path | None = None,
+    stream: bool = False,
+    budget: float | None = None,
+    batch: str | None = None,
 ) -> Report:
     """The differential test of checkpoint `model` and, where given, of `edited`.
 
     An ONNX file that is not given is exported to a temporary folder; one that has a key-value
-    cache is judged with it. The report names files inside `root` relative to it. Raises
-    `InputError` for anything given that cannot be used; whatever a corner does is in the report.
+    cache is judged with it. `budget`: seconds for all corners, spent on further probes; `batch`:
+    the one batch to run again, which is never a pass; `aa`: each corner is also run against
+    itself; `stream`: memory follows one layer and the embedding, whatever the size of the model.
+    The report names files inside `root` relative to it. Raises `InputError` for anything given
+    that cannot be used; whatever a corner does is in the report.
     """
+    if aa and stream:
+        raise InputError("--aa holds whole models in memory: leave it or --stream out")
     given = _Given(model, onnx, edited, edited_onnx)
     with _prepared(given, stimuli, policy, task, seed, progress) as (pairs, asked, scratch):
+        if batch is not None:
+            asked = replace(asked, workload=only(asked.workload, batch))
         bounds = limits or Limits()
-        return _report(pairs, asked, stimuli, policy, bounds, progress, root or scratch)
+        asked = replace(asked, aa=aa)
+        place = root or scratch
+        return _report(pairs, asked, stimuli, policy, bounds, progress, place, budget, stream)
 
 
 def localize(
@@ -93,11 +119,49 @@ def localize(
         evidence = measure(pairs, asked.task, asked.workload, bounds, progress)
         lineages = _lineages(pairs, progress)
         found = _localized(pairs, lineages, asked, evidence, bounds, progress)
+        if "C_e" in found:
+            edit = _traced(pairs, lineages, asked, evidence, bounds, progress)
+            found["C_e"] = replace(found["C_e"], edit=edit)
     missing = [edge for edge in pairs if edge not in found]
     if missing:
         reasons = "; ".join(fault.message for fault in evidence.faults) or "no output was kept"
         raise NothingCompared(f"{pairs[missing[0]].onnx}: nothing to localise: {reasons}")
     return found
+
+
+def repro(
+    model: Path,
+    output: Path,
+    *,
+    onnx: Path | None = None,
+    edited: Path | None = None,
+    edited_onnx: Path | None = None,
+    stimuli: Sequence[Path] = (),
+    policy: Policy = BUILT_IN,
+    task: str | None = None,
+    seed: int = DEFAULT_SEED,
+    limits: Limits | None = None,
+    progress: Progress = silent,
+) -> Repros:
+    """A bundle for each fault of the conversions, in a folder of the new folder `output` each;
+    none where the verdict is not fail.
+
+    Takes what `diff` takes, and raises what that does.
+    """
+    given, bounds = _Given(model, onnx, edited, edited_onnx), limits or Limits()
+    with _prepared(given, stimuli, policy, task, seed, progress) as (pairs, asked, scratch):
+        evidence = measure(pairs, asked.task, asked.workload, bounds, progress)
+        lineages = _lineages(pairs, progress)
+        evidence = replace(evidence, faults=(*stale_tensors(lineages, pairs), *evidence.faults))
+        verdict, found = judge(evidence, policy), dict[str, Localization]()
+        if verdict.verdict == FAIL:
+            found = _localized(pairs, lineages, asked, evidence, bounds, progress)
+        conversions = [
+            Conversion(edge, pair, asked.task, asked.workload, lineages[edge], found.get(edge))
+            for edge, pair in pairs.items()
+        ]
+        with Staging(output, tuple(pair.model for pair in pairs.values())) as staging:
+            return write_bundles(conversions, verdict, staging, scratch, bounds, progress)
 
 
 @dataclass(frozen=True)
@@ -161,6 +225,8 @@ def validate(
     limits: Limits | None = None,
     allow_outside: bool = False,
     progress: Progress = silent,
+    stream: bool = False,
+    budget: float | None = None,
 ) -> Report:
     """Applies `recipe` to `model`, exports both, tests the four corners and writes the report.
 
@@ -180,7 +246,9 @@ def validate(
             progress(f"export of {ONNX[edge].removeprefix('onnx/')}")
             export(pair.model, pair.onnx.parent, task=asked.task.name)
         bounds = limits or Limits()
-        report = _report(pairs, asked, stimuli, policy, bounds, progress, staging.path)
+        report = _report(
+            pairs, asked, stimuli, policy, bounds, progress, staging.path, budget, stream
+        )
         staging.write(REPORT_JSON, render(report, "json").encode())
         staging.write(REPORT_HTML, render(report, "html").encode())
         staging.commit()
@@ -216,6 +284,7 @@ class _Asked:
 
     task: Task
     workload: Workload
+    aa: bool = False
 
 
 def _ask(
@@ -234,14 +303,34 @@ def _report(
     limits: Limits,
     progress: Progress,
     root: Path | None = None,
+    budget: float | None = None,
+    stream: bool = False,
 ) -> Report:
-    evidence = measure(pairs, asked.task, asked.workload, limits, progress)
-    lineages = _lineages(pairs, progress)
-    evidence = replace(evidence, faults=(*stale_tensors(lineages), *evidence.faults))
+    lineages: dict[str, Lineage] = {}
+    if stream:
+        lineages = _lineages(pairs, progress)
+        pairs = {edge: streamed(pair, lineages[edge]) for edge, pair in pairs.items()}
+    found = explore(pairs, asked.task, asked.workload, policy, limits, progress, budget, asked.aa)
+    evidence, asked = found.evidence, replace(asked, workload=found.workload)
+    lineages = lineages or _lineages(pairs, progress)
+    evidence = replace(evidence, faults=(*stale_tensors(lineages, pairs), *evidence.faults))
     verdict = judge(evidence, policy)
-    if any(finding.stage == "conversion" for finding in verdict.findings):
-        found = _localized(pairs, lineages, asked, evidence, limits, progress)
-        extra = [f for edge, own in found.items() for f in own.findings(EDGES[edge][1])]
+    stages = {finding.stage for finding in verdict.findings}
+    extra: list[Finding] = []
+    wrong = any(_can_be_localised(finding) for finding in verdict.findings)
+    if wrong and stream:
+        extra += introduced(evidence)
+    elif wrong:
+        places = _localized(pairs, lineages, asked, evidence, limits, progress)
+        extra += [f for edge, own in places.items() for f in own.findings(EDGES[edge][1])]
+    if "interaction" in stages and not stream:
+        traced = _traced(pairs, lineages, asked, evidence, limits, progress)
+        evidence = replace(evidence, sites=traced.rows)
+        extra += traced.findings()
+        extra += became_of_edit(
+            pairs, asked.task, asked.workload, verdict.findings, limits, progress
+        )
+    if extra:
         evidence = replace(evidence, faults=(*extra, *evidence.faults))
         verdict = judge(evidence, policy)
     inputs = {
@@ -251,6 +340,11 @@ def _report(
         "workload": {"task": asked.task.name, **asked.workload.describe()},
     }
     return Report.build(evidence, verdict, policy, _environment(), inputs)
+
+
+def _can_be_localised(finding: Finding) -> bool:
+    """Errors of a size that noise is not; one told by its distribution alone is within it."""
+    return finding.stage == "conversion" and finding.symptom != WRONG_SHAPE
 
 
 def _lineages(pairs: Mapping[str, Pair], progress: Progress) -> dict[str, Lineage]:
@@ -288,6 +382,30 @@ def _localized(
             wrong = any(max(row.ratio_l2, row.ratio_max) > LIMIT for row in rows)
             found[edge] = replace(own, note=_unseen(batch)) if own.clean and wrong else own
     return found
+
+
+def _traced(
+    pairs: Mapping[str, Pair],
+    lineages: Mapping[str, Lineage],
+    asked: _Asked,
+    evidence: Evidence,
+    limits: Limits,
+    progress: Progress,
+) -> EditTrace:
+    """What becomes of the edit in each module, on the batch whose interaction is the largest."""
+    if not evidence.stimuli:
+        return EditTrace((), "", "the interaction was not measured on any stimulus")
+    worst = max(evidence.stimuli, key=lambda row: row.noise_ratio).stimulus
+    batch = next(b for b in asked.workload.batches if worst in b.rows)
+
+    def report(stage: str) -> None:
+        progress(f"tracing the edit: {stage}")
+
+    with tempfile.TemporaryDirectory(prefix="surgery-edit-") as scratch:
+        try:
+            return trace_edit(pairs, asked.task, batch, lineages, Path(scratch), limits, report)
+        except Exception as error:  # whatever a search meets, what was measured stays
+            return EditTrace((), batch.name, f"{type(error).__name__}: {one_line(str(error))}")
 
 
 def _unseen(batch: Batch) -> str:

@@ -17,6 +17,12 @@ from surgery.errors import PolicyError
 CONVERSION_MAX_NOISE_RATIO = 8.0
 """ONNX Runtime's error over PyTorch's own float32 error, both against float64 (no unit)."""
 
+CONVERSION_MIN_OVERLAP = 0.8
+"""Bhattacharyya coefficient of the distributions of error and noise (no unit, 0 to 1)."""
+
+CONVERSION_MAX_SIGMA_RATIO = 1.5
+"""The error's sigma over the noise's, up to which the shape does not matter (no unit)."""
+
 INTERACTION_MAX_RATIO = 0.05
 """||I|| / ||E||: the share of the edit's effect that may differ between the runtimes."""
 
@@ -29,9 +35,22 @@ PRESERVE_MAX_KL: float | None = None
 PRESERVE_MAX_FLIP_RATE: float | None = None
 """Share of positions whose top-1 token changes; no limit unless asked for."""
 
+PresetName = Literal[
+    "torch.onnx",
+    "optimum",
+    "polygraphy",
+    "onnx-backend-test",
+    "issta-text",
+    "issta-notebook",
+    "issta-synthetic",
+]
+"""The names of `surgery.presets.PRESETS`."""
+
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Limit = Annotated[float, Field(allow_inf_nan=False, ge=0)]
 Share = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
+Confidence = Annotated[float, Field(allow_inf_nan=False, ge=0.5, le=0.99)]
+"""No more than 0.99: the tails of 10,000 resamples say nothing beyond."""
 
 
 class _Section(BaseModel):
@@ -44,6 +63,17 @@ class ConversionPolicy(_Section):
     max_noise_ratio: Limit = Field(
         default=CONVERSION_MAX_NOISE_RATIO,
         description="Largest allowed error of ONNX Runtime over float32 noise, worst or L2.",
+    )
+    min_overlap: Share = Field(
+        default=CONVERSION_MIN_OVERLAP,
+        description="Least overlap of the error's distribution with the noise's (Bhattacharyya).",
+    )
+    max_sigma_ratio: Limit = Field(
+        default=CONVERSION_MAX_SIGMA_RATIO,
+        description="Largest sigma of the error over the noise's at which any overlap is allowed.",
+    )
+    preset: PresetName | None = Field(
+        default=None, description="A fixed tolerance that every element must pass as well."
     )
 
 
@@ -68,6 +98,24 @@ class PreservePolicy(_Section):
     max_flip_rate: Share | None = Field(
         default=PRESERVE_MAX_FLIP_RATE, description="Share of positions whose top-1 token changes."
     )
+    max_real_flip_rate: Share | None = Field(
+        default=None, description="The same, without near-ties that rounding may have turned."
+    )
+    max_log_ratio: Limit | None = Field(
+        default=None,
+        description="|ln(PPL edited / PPL original)| of the texts: neither worse nor better.",
+    )
+    confidence: Confidence | None = Field(
+        default=None,
+        description="Every limit must also hold for the whole interval and for A/A.",
+    )
+
+    @model_validator(mode="after")
+    def _is_about_something(self) -> Self:
+        limits = self.model_dump(exclude={"confidence"}).values()
+        if self.confidence is not None and not any(limit is not None for limit in limits):
+            raise ValueError("confidence is of limits, and there is none; expected one")
+        return self
 
 
 class TargetRule(_Section):
@@ -77,6 +125,9 @@ class TargetRule(_Section):
     set: Literal["target", "preserve"] = "target"
     min_change: Number | None = Field(default=None, description="change >= this; may be negative.")
     max_change: Number | None = Field(default=None, description="change <= this; may be negative.")
+    confidence: Confidence | None = Field(
+        default=None, description="The rule must hold for the whole interval, widened by A/A."
+    )
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> Self:
@@ -96,6 +147,12 @@ class Policy(_Section):
     interaction: InteractionPolicy = InteractionPolicy()
     preserve: PreservePolicy = PreservePolicy()
     target: tuple[TargetRule, ...] = ()
+
+    @property
+    def confidences(self) -> set[float]:
+        """Those that a limit or a rule asks for."""
+        asked = (self.preserve.confidence, *(rule.confidence for rule in self.target))
+        return {confidence for confidence in asked if confidence is not None}
 
 
 BUILT_IN = Policy(schema=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from surgery.stimuli.interface import Batch
 
@@ -16,15 +17,29 @@ SHAPES = (
 """(name, rows, length, padding left of row 0, padding right of row 0)"""
 
 
+MASKS = {
+    "holes": [[1] * 9, [1, 1, 0, 1, 0, 0, 1, 0, 1], [0, 1, 0, 1, 1, 1, 0, 1, 0]],
+    "masked row": [[1] * 5, [0] * 5, [0, 0, 1, 1, 1]],
+}
+"""Padding between real tokens, and a row of nothing else beside others."""
+
+
 def batch(name: str, rows: int, length: int, left: int, right: int) -> Batch:
-    generator = np.random.default_rng(len(name))
-    ids = generator.integers(3, 100, (rows, length))
-    mask = np.ones_like(ids)
+    mask = np.ones((rows, length), np.int64)
     mask[0, :left] = 0
     mask[0, length - right :] = 0
+    return masked(name, mask)
+
+
+def masked(name: str, mask: NDArray[np.int64]) -> Batch:
+    rows = len(mask)
+    ids = np.random.default_rng(len(name)).integers(3, 100, mask.shape)
     positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
     names = tuple(f"{name}-{row}" for row in range(rows))
     return Batch(name, "probe", ids, mask, positions, np.argwhere(mask == 1), names)
 
 
-BATCHES = tuple(batch(*shape) for shape in SHAPES)
+BATCHES = (
+    *(batch(*shape) for shape in SHAPES),
+    *(masked(name, np.array(mask, np.int64)) for name, mask in MASKS.items()),
+)

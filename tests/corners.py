@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 from here import in_this_process, run_here
 from models import make
 from recipes import HEADS, NEURONS, apply_edits
 
 from surgery import process
+from surgery.export import trace
+from surgery.export.tasks import Task
 from surgery.process import Ending, Limits
 
 VOCAB = 200
@@ -66,19 +69,26 @@ class Exporter:
 
 
 class Here:
-    """Stands in for `process.run`: does a child's work in this process; torch's only once."""
+    """Stands in for `process.run`: does a child's work in this process; torch's only once.
 
-    def __init__(self, cache: Path) -> None:
-        self.cache = cache
+    A model's exported program gives what the model gives, which `tests/localize/test_program.py`
+    holds it to: unless `captures`, the model is run in its place, for a capture takes seconds.
+    """
+
+    def __init__(self, cache: Path, captures: bool = False) -> None:
+        self.cache, self._captures = cache, captures
         self._endings: dict[str, Ending] = {}
+        self._programs: dict[tuple[str, Path], Any] = {}
 
     def __call__(
         self, module: str, arguments: dict[str, Any], folder: Path, limits: Limits
     ) -> Ending:
-        if arguments.get("action") == "torch":
+        if arguments.get("action") == "exported" and not self._captures:
+            arguments = {**arguments, "action": "torch", "dtype": "float32"}
+        if arguments.get("action") in ("torch", "exported"):
             return self._boundaries(module, arguments, folder, limits)
         model = arguments.get("model", {})
-        if isinstance(model, str) or model.get("runtime") != "torch":
+        if isinstance(model, str) or "torch" not in model.get("runtime", ""):
             return run_here(module, arguments, folder, limits)
         key = _key(arguments, folder)
         if key not in self._endings:
@@ -91,10 +101,11 @@ class Here:
         self, module: str, arguments: dict[str, Any], folder: Path, limits: Limits
     ) -> Ending:
         """PyTorch's values at boundaries, which are the same whatever graph they are for."""
-        own = {name: arguments[name] for name in ("model", "dtype", "task")}
+        own = {name: arguments.get(name) for name in ("action", "model", "dtype", "task")}
         own["sites"] = [{**b, "value": ""} for b in arguments["boundaries"]]
         hasher = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
-        hasher.update(Path(arguments["batch"]).read_bytes())
+        for name in ("batch", "given"):
+            hasher.update(_content(Path(arguments[name])))
         kept = self.cache / f"{hasher.hexdigest()}.npz"
         if not kept.exists():
             ending = run_here(module, arguments, folder, limits)
@@ -107,8 +118,27 @@ class Here:
 
     @contextmanager
     def installed(self) -> Iterator[Here]:
-        with patch.object(process, "run", self):
+        with (
+            patch.object(process, "run", self),
+            patch.object(trace, "exported_program", self._exported_program),
+        ):
             yield self
+
+    def _exported_program(self, model: Any, task: Task, opset: int, source: Path) -> Any:
+        """A model's program, captured once."""
+        key = (task.name, source)
+        if key not in self._programs:
+            self._programs[key] = _capture(model, task, opset, source)
+        return self._programs[key]
+
+
+_capture = trace.exported_program
+
+
+def _content(path: Path) -> bytes:
+    """The arrays of a file, whose archive also holds the time."""
+    with np.load(path, allow_pickle=False) as archive:
+        return b"".join(name.encode() + archive[name].tobytes() for name in sorted(archive.files))
 
 
 def _key(arguments: dict[str, Any], folder: Path) -> str:

@@ -48,7 +48,8 @@ Configs of a family whose tensors or blocks are others than its defaults give.
 
 - *linked* and *portable* are proven: logits, or the last hidden state, of ONNX Runtime are
   PyTorch's within 8 times the float32 noise, of weights stored in float32 and in bfloat16, on
-  shapes unlike the traced one, one row, one token, and padding on either side.
+  shapes unlike the traced one, one row, one token, padding on either side and between real tokens,
+  and beside a row of nothing but padding.
 - *with a cache*: the same in two parts over the cache, and 32 greedy tokens one at a time are those
   of transformers' `generate`, for prompts of unlike length in one batch.
 - *float16*: the graph computes in float16, within 8 of its roundings.

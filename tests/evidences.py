@@ -11,12 +11,16 @@ from surgery.evidence import (
     Corner,
     Drift,
     Effect,
+    ErrorShape,
     Evidence,
     Finding,
     Interaction,
+    Repeat,
+    Tolerance,
 )
 from surgery.gate import judge
 from surgery.policy import Policy, PreservePolicy, TargetRule
+from surgery.presets import PRESETS
 from surgery.report.model import Report
 
 POLICY = Policy(
@@ -48,6 +52,54 @@ def conversion(edge: str, ratio: float = 1.3, **changes: Any) -> Conversion:
         ratio_l2=ratio * 0.9,
         ratio_position=ratio * 0.9,
         worst="left-padded batch, row 3, position 17",
+    )
+    return replace(row, **changes)
+
+
+def shape(edge: str, sigma_ratio: float = 1.1, **changes: Any) -> ErrorShape:
+    row = ErrorShape(
+        edge=edge,
+        output="logits",
+        dtype="float32",
+        elements=4096 * 512,
+        overlap=0.997,
+        sigma_ratio=sigma_ratio,
+        noise_mean=-0.002,
+        noise_sigma=1.0,
+        noise_median=0.66,
+        noise_p99=2.6,
+        noise_max=5.2,
+        error_mean=0.004,
+        error_sigma=sigma_ratio,
+        error_median=0.7,
+        error_p99=2.9,
+        error_max=5.6,
+    )
+    return replace(row, **changes)
+
+
+def tolerance(edge: str, **changes: Any) -> Tolerance:
+    """Of logits that a few fixed tolerances are too tight for."""
+    outside = dict.fromkeys(PRESETS, 0) | {"issta-text": 1_900_000, "optimum": 12}
+    row = Tolerance(edge, "logits", 4096 * 512, float("inf"), 2.1e-5, 1.8e-5, outside)
+    return replace(row, **changes)
+
+
+def repeat(corner: str, variant: str, kind: str = "run", **changes: Any) -> Repeat:
+    row = Repeat(
+        corner=corner,
+        variant=variant,
+        kind=kind,
+        output="logits",
+        positions=4096,
+        nonfinite=0,
+        max_abs=1.1e-5,
+        l2=4.4e-4,
+        median=0.4,
+        p99=2.2,
+        max=4.4,
+        ratio_max=0.7,
+        ratio_l2=1.05,
     )
     return replace(row, **changes)
 
@@ -92,6 +144,13 @@ def clean() -> Evidence:
         ),
         compared=8_388_608,
         covered_rows=512,
+        shapes=(shape("C_o"), shape("C_e")),
+        tolerances=(tolerance("C_o"), tolerance("C_e")),
+        repeats=(
+            repeat("T_o", "attention eager"),
+            repeat("T_o", "computed in float16", "compute", max_abs=0.021, ratio_max=1310.0),
+            repeat("R_e", "optimisation disabled"),
+        ),
     )
 
 
@@ -102,6 +161,8 @@ def conversion_only() -> Evidence:
         conversion=(conversion("C_o"),),
         compared=1234,
         covered_rows=512,
+        shapes=(shape("C_o"),),
+        tolerances=(tolerance("C_o"),),
     )
 
 

@@ -347,7 +347,10 @@ def test_a_forged_verdict_is_not_shown(run: Run, judged: Path) -> None:
         assert "its verdict is not what its evidence says" in result.err and not result.out
 
 
-@pytest.mark.parametrize("option", [("--seed", "-1"), ("--timeout", "nan"), ("--timeout", "inf")])
+@pytest.mark.parametrize(
+    "option",
+    [("--seed", "-1"), ("--timeout", "nan"), ("--timeout", "inf"), ("--budget", "nan")],
+)
 def test_numbers_that_mean_nothing_are_bad_usage(run: Run, option: tuple[str, str]) -> None:
     result = run("diff", "--model", "no-such-model", "--report", "r.json", *option)
     assert_bad_input(result)

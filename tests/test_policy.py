@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -12,9 +13,11 @@ from surgery.policy import (
     CONVERSION_MAX_NOISE_RATIO,
     INTERACTION_MAX_NOISE_RATIO,
     Policy,
+    PresetName,
     load_policy,
     policy_schema,
 )
+from surgery.presets import PRESETS
 
 
 def load(tmp_path: Path, text: str) -> Policy:
@@ -54,6 +57,7 @@ target:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("schema: 1\nconversion: {preset: optmium}", "conversion.preset"),
         ("{}", "missing field @ schema"),
         ("schema: 2", "expected 1, found 2 @ schema"),
         ("schema: true", "expected 1, found true @ schema"),
@@ -85,3 +89,7 @@ def test_the_schema_names_every_field() -> None:
         "target",
     }
     assert schema["required"] == ["schema"] and schema["additionalProperties"] is False
+
+
+def test_every_preset_has_a_name_in_the_policy() -> None:
+    assert get_args(PresetName) == tuple(PRESETS)

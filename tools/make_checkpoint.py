@@ -46,6 +46,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # 4.43e9 parameters: 8.9 GB in bf16.
     "llama-4.4b": {"family": "llama", "shards": 8, "layers": 42, "width": 3072, "heads": 24,
                    "kv_heads": 8, "mlp_width": 8192, "vocab": 32000, "positions": 4096},
+    # 8.03e9 parameters, in the shapes of Llama-3-8B: 16.1 GB in bf16.
+    "llama-8b": {"family": "llama", "shards": 8, "layers": 32, "width": 4096, "heads": 32,
+                 "kv_heads": 8, "mlp_width": 14336, "vocab": 128_256, "positions": 8192},
     # One layer whose down_proj [2048, 488448] is 2.0 GB in bf16 (as are gate and up): 6.0 GB.
     "llama-2gb-tensor": {"family": "llama", "shards": 4, "layers": 1, "width": 2048, "heads": 16,
                          "kv_heads": 4, "mlp_width": 488_448, "vocab": 1024, "positions": 128},

@@ -1,4 +1,4 @@
-"""Print how far clean conversions lie from float32 noise, and how far an epsilon defect does.
+"""Print how far clean conversions lie from float32 noise, and how far two small defects do.
 
 Every figure in `docs/policy.md` comes from here. Random two-layer models of every family, edited
 and converted without any defect, in PyTorch and ONNX Runtime, larger random ones and the trained
@@ -20,7 +20,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from corners import VOCAB, Case, Exporter, Here
-from differential.mutants import scale_epsilons
+from differential.mutants import add, scale_epsilons
 from models import FAMILIES
 
 from surgery.arch import identify
@@ -50,6 +50,8 @@ LARGER: dict[str, dict[str, int]] = {
     "bert": _LARGER,
 }
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
+BIASES = (0.5, 1.0, 1.5, 2.0, 3.0)
+"""Of every element alike, in units of the noise's sigma."""
 EPSILON_FACTORS = (1.01, 1.1, 2.0, 10.0, 1e7)
 
 
@@ -74,6 +76,7 @@ def main() -> None:
         rows = list(bench.clean(options.seeds))
         print_clean(rows)
         print_larger(list(bench.larger()))
+        print_biases(list(bench.biases()))
         print_epsilons(list(bench.epsilons(options.epsilon_seeds)))
 
 
@@ -120,6 +123,21 @@ class Bench:
                     row = self.measure(case, path).conversion[0]
                     yield family, factor, max(row.ratio_max, row.ratio_l2, row.ratio_position)
 
+    def biases(self) -> Iterator[tuple[str, float, Evidence]]:
+        """Family, a constant added to every element of the output, and the evidence on C_o."""
+        import onnx
+
+        for family in FAMILIES:
+            case = self.case(family, 0, "float32", WIDTHS[0])
+            [clean] = self.measure(case, case.onnx).conversion
+            sigma = clean.noise_l2 / np.sqrt(clean.elements)
+            for bias in BIASES:
+                model = onnx.load(str(case.onnx))
+                add(model, np.array(bias * sigma))
+                path = case.onnx.with_name(f"bias-{bias}.onnx")
+                onnx.save(model, str(path))
+                yield family, bias, self.measure(case, path)
+
     def case(self, family: str, seed: int, dtype: str, width: int) -> Case:
         root = self.root / f"{family}-{seed}-{dtype}-{width}-{len(list(self.root.iterdir()))}"
         size = {"n_embd": width} if family == "gpt2" else {"hidden_size": width}
@@ -155,6 +173,9 @@ def rows_of(evidence: Evidence, family: str, dtype: str, width: int) -> Iterator
         yield Row("C ratio_max", family, dtype, width, conversion.ratio_max)
         yield Row("C ratio_l2", family, dtype, width, conversion.ratio_l2)
         yield Row("C ratio_position", family, dtype, width, conversion.ratio_position)
+    for shape in evidence.shapes:
+        yield Row("C 1 - overlap", family, dtype, width, 1 - shape.overlap)
+        yield Row("C sigma_ratio", family, dtype, width, shape.sigma_ratio)
     for interaction in evidence.interaction:
         yield Row("I noise_ratio", family, dtype, width, interaction.noise_ratio)
         yield Row("I ratio", family, dtype, width, interaction.ratio)
@@ -180,14 +201,16 @@ def print_line(quantity: str, models: Any, rows: list[Row]) -> None:
 
 
 def print_larger(found: list[tuple[str, Evidence]]) -> None:
-    print("\n| model | C ratio_max | C ratio_l2 | I noise_ratio |")
-    print("|---|---:|---:|---:|")
+    print("\n| model | C ratio_max | C ratio_l2 | C overlap | C sigma_ratio | I noise_ratio |")
+    print("|---|---:|---:|---:|---:|---:|")
     for title, evidence in found:
         worst = max(row.ratio_max for row in evidence.conversion)
         l2 = max(row.ratio_l2 for row in evidence.conversion)
         interaction = max((row.noise_ratio for row in evidence.interaction), default=None)
         shown = "–" if interaction is None else f"{interaction:.3g}"
-        print(f"| {title} | {worst:.3g} | {l2:.3g} | {shown} |")
+        overlap = min(row.overlap for row in evidence.shapes)
+        sigma = max(row.sigma_ratio for row in evidence.shapes)
+        print(f"| {title} | {worst:.3g} | {l2:.3g} | {overlap:.3f} | {sigma:.3g} | {shown} |")
 
 
 def print_epsilons(found: list[tuple[str, float, float]]) -> None:
@@ -199,6 +222,15 @@ def print_epsilons(found: list[tuple[str, float, float]]) -> None:
             own = [ratio for f, times, ratio in found if (f, times) == (family, factor)]
             cells.append(f"{min(own):.3g} to {max(own):.3g}")
         print(f"| {factor:g} | " + " | ".join(cells) + " |")
+
+
+def print_biases(found: list[tuple[str, float, Evidence]]) -> None:
+    print("\n| family | bias, sigmas | C ratio_max | C ratio_l2 | overlap | sigma_ratio |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for family, bias, evidence in found:
+        [row], [shape] = evidence.conversion, evidence.shapes
+        numbers = (row.ratio_max, row.ratio_l2, shape.overlap, shape.sigma_ratio)
+        print(f"| {family} | {bias:g} | {' | '.join(f'{n:.3g}' for n in numbers)} |")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,23 @@ from pathlib import Path
 
 from surgery.differential.compare import compare
 from surgery.differential.corners import Pair, Progress, run_corners
+from surgery.differential.rounds import explore, only
 from surgery.differential.workload import DEFAULT_SEED, Workload, make_workload
 from surgery.evidence import Evidence
 from surgery.export.tasks import Task
 from surgery.runtimes.child import Limits
 
-__all__ = ["DEFAULT_SEED", "Limits", "Pair", "Progress", "Workload", "make_workload", "measure"]
+__all__ = [
+    "DEFAULT_SEED",
+    "Limits",
+    "Pair",
+    "Progress",
+    "Workload",
+    "explore",
+    "make_workload",
+    "measure",
+    "only",
+]
 
 
 def measure(

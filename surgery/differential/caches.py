@@ -18,14 +18,22 @@ Sums = dict[tuple[str, str], ConversionSums]
 """By edge and output."""
 
 
-def add(sums: Sums, edge: str, batch: str, where: list[str], outcomes: Sequence[Outcome]) -> None:
+def add(
+    sums: Sums,
+    edge: str,
+    batch: str,
+    where: list[str],
+    outcomes: Sequence[Outcome],
+    dtype: str = "float32",
+) -> None:
     """Adds one batch's caches at the positions `where`: `outcomes` are those of PyTorch, of its
-    float64 reference and of ONNX Runtime. A cache that PyTorch returns and that one of them did
+    float64 reference, of ONNX Runtime and, where the graph computes in another `dtype` than
+    float32, of PyTorch in that. A cache that PyTorch returns and that one of them did
     not keep, or in another shape, is counted at no position."""
     kept = [outcome.caches(batch) for outcome in outcomes]
     for name in (fact.name for fact in outcomes[0].facts(batch).outputs):
         if name.startswith(PRESENT) or name == POOLED:
-            own = sums.setdefault((edge, name), ConversionSums())
+            own = sums.setdefault((edge, name), ConversionSums(dtype))
             arrays = [found[name] for found in kept if name in found]
             if len(arrays) == len(kept) and len({array.shape for array in arrays}) == 1:
                 own.add(where, *arrays)

@@ -9,8 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from surgery.differential import caches
+from surgery.differential import caches, noise, profiles
+from surgery.differential.behaviour import BehaviourSums, drifts
 from surgery.differential.corners import Ran
+from surgery.differential.effects import observe
+from surgery.differential.interactions import Interactions
+from surgery.differential.intervals import intervals
+from surgery.differential.layers import layer_errors
+from surgery.differential.responses import partings, responses_of, texts_of
 from surgery.differential.workload import Workload
 from surgery.errors import quote
 from surgery.evidence import (
@@ -18,34 +24,15 @@ from surgery.evidence import (
     EDGES,
     Conversion,
     Corner,
-    Drift,
-    Effect,
     Evidence,
     Finding,
-    Interaction,
 )
 from surgery.export.tasks import Task
-from surgery.metrics import Observed
-from surgery.metrics.distance import HALF_ULP, ConversionSums, InteractionSums
-from surgery.metrics.divergence import kl_divergence, token_nll, top1_flips
+from surgery.metrics.distance import UNITS, ConversionSums
 from surgery.runtimes.child import Outcome, OutputFact
 from surgery.stimuli import Batch
 
 Kept = dict[str, NDArray[Any]]
-
-
-@dataclass
-class DriftSums:
-    """Divergence between two corners of one runtime, or the two runtimes, over positions."""
-
-    kl: float = 0.0
-    flips: int = 0
-    positions: int = 0
-
-    def add(self, p: NDArray[Any], q: NDArray[Any]) -> None:
-        self.kl += float(kl_divergence(p, q).sum())
-        self.flips += top1_flips(p, q)
-        self.positions += len(p)
 
 
 @dataclass
@@ -54,10 +41,8 @@ class Sums:
 
     conversion: dict[str, ConversionSums] = field(default_factory=dict)
     caches: caches.Sums = field(default_factory=dict)
-    edges: dict[str, DriftSums] = field(default_factory=dict)
-    interaction: dict[str, InteractionSums] = field(default_factory=dict)
-    drift: dict[tuple[str, str], DriftSums] = field(default_factory=dict)
-    nll: dict[tuple[str, str], list[NDArray[np.float64]]] = field(default_factory=dict)
+    interaction: Interactions = field(default_factory=Interactions)
+    behaviour: BehaviourSums = field(default_factory=BehaviourSums)
 
 
 def compare(ran: Ran, workload: Workload, task: Task) -> Evidence:
@@ -69,18 +54,29 @@ def compare(ran: Ran, workload: Workload, task: Task) -> Evidence:
     besides = task.cache or sums.caches
     faults += caches.unmeasured(sums.conversion, sums.caches) if besides else ()
     conversion = tuple(_conversion(sums, task))
+    measured = [(edge, task.output, own) for edge, own in sums.conversion.items()]
+    measured += [(edge, name, own) for (edge, name), own in sums.caches.items() if own.positions]
+    ended = {name: outcome for name, outcome in ran.corners.items() if _ok(ran, name)}
+    texts = {name: texts_of(outcome, workload) for name, outcome in ended.items()}
+    responses = {name: responses_of(outcome, workload) for name, outcome in ended.items()}
+    parted = tuple(partings(responses, workload, sums.behaviour))
+    effects = tuple(observe(texts, workload, sums.behaviour))
     return Evidence(
         corners={name: _corner(name, outcome, workload) for name, outcome in ran.corners.items()},
         conversion=conversion,
-        interaction=tuple(_interaction(sums, task)),
-        effects=tuple(_effects(ran, workload, sums)),
-        drift=tuple(
-            Drift(stimulus_set, runtime, d.positions, d.kl / d.positions, d.flips / d.positions)
-            for (stimulus_set, runtime), d in sums.drift.items()
-        ),
+        interaction=tuple(sums.interaction.of_sets(task.output)),
+        stimuli=tuple(sums.interaction.of_stimuli()),
+        effects=tuple(observed.effect() for observed in effects),
+        drift=tuple(drifts(sums.behaviour)),
+        divergence=tuple(sums.behaviour.rows()),
+        partings=tuple(own.row() for own in parted),
+        intervals=tuple(intervals(sums.behaviour, parted, effects, workload.confidences)),
         faults=tuple(faults),
         compared=sum(own.positions for own in sums.conversion.values()),
         covered_rows=_covered_rows(ran, workload),
+        layers=tuple(layer_errors(ran, workload.batches, task.output)),
+        shapes=profiles.shapes(measured),
+        tolerances=profiles.tolerances(measured),
     )
 
 
@@ -116,10 +112,7 @@ def _interface_faults(ran: Ran, workload: Workload, task: Task) -> Iterator[Find
         message = fault.message + more
         yield Finding(fault.stage, fault.symptom, fault.site, message, fault.value, fault.limit)
     yield from _generation_faults(ran)
-    for name, outcome in ran.references.items():
-        if outcome.status != "ok":
-            message = f"the float64 reference of {name} ended {outcome.status}: {outcome.detail}"
-            yield Finding("run", outcome.status, f"{name} in float64", message)
+    yield from noise.faults(ran)
 
 
 def _generation_faults(ran: Ran) -> Iterator[Finding]:
@@ -166,14 +159,18 @@ def _pair_faults(
     for ours in ran.corners[torch_corner].facts(batch.name).outputs:
         if ours.name == task.output and judged:
             continue  # `_corner_faults` has said so
-        for symptom, problem in _differences(ours, theirs.pop(ours.name, None)):
+        found = _differences(ours, theirs.pop(ours.name, None), ran.dtype(torch_corner))
+        for symptom, problem in found:
             site = f"{onnx_corner}/{ours.name}/{batch.name}"
             message = f"{onnx_corner}: {problem} on {quote(batch.name)}"
             yield Finding("interface", symptom, site, message)
     yield from caches.unknown(onnx_corner, theirs, batch.name)
 
 
-def _differences(ours: OutputFact, theirs: OutputFact | None) -> Iterator[tuple[str, str]]:
+def _differences(
+    ours: OutputFact, theirs: OutputFact | None, computed: str
+) -> Iterator[tuple[str, str]]:
+    """Symptom and words. What a graph computes in another type than PyTorch's it may return so."""
     name = ours.name
     if theirs is None:
         yield "missing output", f"has no output {name}, which PyTorch has"
@@ -181,7 +178,7 @@ def _differences(ours: OutputFact, theirs: OutputFact | None) -> Iterator[tuple[
     if theirs.shape != ours.shape:
         found, expected = list(theirs.shape), list(ours.shape)
         yield "shape", f"{name} has shape {found}, in PyTorch {expected}"
-    if theirs.dtype != ours.dtype:
+    if theirs.dtype not in (ours.dtype, computed):
         yield "dtype", f"{name} is {theirs.dtype}, in PyTorch it is {ours.dtype}"
     if theirs.padded and not theirs.nonfinite and not ours.padded:
         yield "nan", f"{theirs.padded} values of {name} are not finite under padding"
@@ -212,7 +209,7 @@ def _row_faults(ran: Ran, torch_corner: str, onnx_corner: str) -> Iterator[Findi
         message = f"{onnx_corner}: embedding {theirs.shape}, in PyTorch {ours.shape}"
         yield Finding("embedding", "shape", onnx_corner, message)
         return
-    wrong, worst = _wrong_rows(ours, theirs)
+    wrong, worst = _wrong_rows(ours, theirs, UNITS[ran.dtype(torch_corner)])
     if len(wrong):
         listed = ", ".join(map(str, wrong[:5])) + (", …" if len(wrong) > 5 else "")
         message = (
@@ -223,15 +220,18 @@ def _row_faults(ran: Ran, torch_corner: str, onnx_corner: str) -> Iterator[Findi
         yield Finding("embedding", "wrong value", site, message, worst, 0.0)
 
 
-def _wrong_rows(ours: NDArray[Any], theirs: NDArray[Any]) -> tuple[NDArray[np.int64], float]:
-    """Rows that differ by more than rounding, and the largest difference; NaN differs."""
+def _wrong_rows(
+    ours: NDArray[Any], theirs: NDArray[Any], unit: float
+) -> tuple[NDArray[np.int64], float]:
+    """Rows that differ by more than rounding, and the largest difference; NaN differs. `unit` is
+    the unit roundoff of what the graph computes in."""
     wrong: list[int] = []
     worst = 0.0
     for begin in range(0, len(ours), 4096):
         a = np.asarray(ours[begin : begin + 4096], np.float64)
         b = np.asarray(theirs[begin : begin + 4096], np.float64)
         difference = np.abs(a - b).max(axis=1)
-        allowed = 2 * HALF_ULP * np.abs(a).max(axis=1)
+        allowed = 2 * unit * np.abs(a).max(axis=1)
         bad = np.flatnonzero(~(difference <= allowed))
         wrong += (bad + begin).tolist()
         worst = float(np.max([worst, *difference[bad]]))
@@ -260,63 +260,33 @@ def _kept(ran: Ran, batch: Batch, names: tuple[str, ...] = CORNERS) -> Kept:
     return kept
 
 
-def _references(ran: Ran, batch: Batch) -> Kept:
-    return {
-        name: outcome.outputs(batch.name)
-        for name, outcome in ran.references.items()
-        if outcome.status == "ok" and not outcome.facts(batch.name).problem
-    }
-
-
 def _add_batch(sums: Sums, ran: Ran, batch: Batch, task: Task) -> None:
-    kept, references = _kept(ran, batch), _references(ran, batch)
+    kept, references = _kept(ran, batch), noise.whole(ran.references, batch)
+    narrow = noise.whole(ran.narrow, batch)
     where = [f"{batch.rows[row]} @ {column}" for row, column in batch.selected]
     with np.errstate(invalid="ignore", over="ignore"):
         for edge, (t, r) in EDGES.items():
-            if t in kept and r in kept and t in references and kept[t].shape == kept[r].shape:
-                sums.conversion.setdefault(edge, ConversionSums()).add(
-                    where, kept[t], references[t], kept[r]
-                )
-                if task.causal:
-                    sums.edges.setdefault(edge, DriftSums()).add(kept[t], kept[r])
+            if noise.comparable(ran, (t, r), kept, references, narrow):
+                own = sums.conversion.setdefault(edge, ConversionSums(ran.dtype(t)))
+                own.add(where, kept[t], references[t], kept[r], narrow.get(t))
                 if task.cache or task.pooled:
-                    outcomes = (ran.corners[t], ran.references[t], ran.corners[r])
-                    caches.add(sums.caches, edge, batch.name, where, outcomes)
-        _add_interaction(sums, batch, kept, references)
+                    outcomes = [ran.corners[t], ran.references[t], ran.corners[r]]
+                    outcomes += [ran.narrow[t]] if t in ran.narrow else []
+                    caches.add(sums.caches, edge, batch.name, where, outcomes, ran.dtype(t))
+        sums.interaction.add(batch, kept, references, narrow, noise.coarsest(ran))
         if task.causal:
-            _add_behaviour(sums, batch, kept)
+            sums.behaviour.add(batch, kept, references, _dtypes(ran, batch, task))
 
 
-def _add_interaction(sums: Sums, batch: Batch, kept: Kept, references: Kept) -> None:
-    same = len({array.shape for array in kept.values()}) == 1
-    if same and set(kept) == set(CORNERS) and set(references) == {"T_o", "T_e"}:
-        own = sums.interaction.setdefault(batch.stimulus_set, InteractionSums())
-        own.add(kept, references)
-
-
-def _add_behaviour(sums: Sums, batch: Batch, kept: Kept) -> None:
-    for runtime in ("T", "R"):
-        before, after = kept.get(f"{runtime}_o"), kept.get(f"{runtime}_e")
-        if before is not None and after is not None and before.shape == after.shape:
-            key = (batch.stimulus_set, runtime)
-            sums.drift.setdefault(key, DriftSums()).add(before, after)
-    for name, logits in kept.items():
-        rows, columns = _followed(batch)
-        if logits.shape[-1] > int(batch.input_ids.max()):
-            following = batch.input_ids[batch.selected[rows, 0], columns + 1]
-            nll = token_nll(logits[rows], following)
-            sums.nll.setdefault((batch.stimulus_set, name), []).append(nll)
-
-
-def _followed(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which kept positions have a real next token, and their columns."""
-    length = batch.input_ids.shape[1]
-    row, column = batch.selected[:, 0], batch.selected[:, 1]
-    followed = (column + 1 < length) & (
-        batch.attention_mask[row, np.minimum(column + 1, length - 1)] == 1
-    )
-    index = np.flatnonzero(followed)
-    return index, column[index]
+def _dtypes(ran: Ran, batch: Batch, task: Task) -> dict[str, str]:
+    """The dtype of each corner's own output, before it is kept as float32."""
+    return {
+        name: fact.dtype
+        for name in CORNERS
+        if _ok(ran, name)
+        for fact in ran.corners[name].facts(batch.name).outputs
+        if fact.name == task.output
+    }
 
 
 # ------------------------------------------------------------------------------------- results
@@ -324,13 +294,13 @@ def _followed(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 def _conversion(sums: Sums, task: Task) -> Iterator[Conversion]:
     for edge, own in sums.conversion.items():
-        yield _conversion_row(edge, task.output, own, sums.edges.get(edge))
+        yield _conversion_row(edge, task.output, own, *sums.behaviour.over_sets(edge))
     for edge, output, own in caches.worst(sums.caches):
-        yield _conversion_row(edge, output, own, None)
+        yield _conversion_row(edge, output, own, None, None)
 
 
 def _conversion_row(
-    edge: str, output: str, own: ConversionSums, divergence: DriftSums | None
+    edge: str, output: str, own: ConversionSums, kl: float | None, flips: int | None
 ) -> Conversion:
     return Conversion(
         edge=edge,
@@ -342,8 +312,8 @@ def _conversion_row(
         max_rel=own.relative.largest,
         mean_rel=own.relative.mean,
         cosine=own.cosine,
-        kl=divergence.kl / divergence.positions if divergence else None,
-        flips=divergence.flips if divergence else None,
+        kl=kl,
+        flips=flips,
         noise_max=own.noise_max,
         noise_l2=own.noise_l2,
         ratio_max=own.ratio_max,
@@ -351,52 +321,3 @@ def _conversion_row(
         ratio_position=own.ratio_position,
         worst=own.worst[1],
     )
-
-
-def _interaction(sums: Sums, task: Task) -> Iterator[Interaction]:
-    for stimulus_set, own in sums.interaction.items():
-        yield Interaction(
-            stimulus_set=stimulus_set,
-            output=task.output,
-            effect=own.effect.l2,
-            norm=own.interaction.l2,
-            ratio=own.ratio,
-            rho=own.rho,
-            noise=own.noise_l2,
-            noise_ratio=own.noise_ratio,
-        )
-
-
-def _effects(ran: Ran, workload: Workload, sums: Sums) -> Iterator[Effect]:
-    texts = {name: _responses(o, workload) for name, o in ran.corners.items() if _ok(ran, name)}
-    for measure in workload.measures:
-        if measure.metric.needs == "token_nll" and not _has_nll(sums, measure.stimulus_set):
-            continue  # no kept position has a next token: asked for, it is "not measured"
-        stimuli = workload.of_set(measure.stimulus_set)
-        applied = [stimulus for stimulus in stimuli if measure.metric.applies(stimulus)]
-        corners = {}
-        for name, responses in texts.items():
-            nll = sums.nll.get((measure.stimulus_set, name), [])
-            observed = Observed(
-                stimuli,
-                tuple(responses.get(stimulus.id, "") for stimulus in stimuli),
-                np.concatenate(nll) if nll else np.empty(0),
-            )
-            corners[name] = measure.metric.score(observed)
-        yield Effect(measure.name, measure.stimulus_set, len(applied), corners, measure.metric.unit)
-
-
-def _has_nll(sums: Sums, stimulus_set: str) -> bool:
-    """Whether any corner saw a next token in this set."""
-    seen = (nll for (name, _), nll in sums.nll.items() if name == stimulus_set)
-    return any(len(tokens) for listed in seen for tokens in listed)
-
-
-def _responses(outcome: Outcome, workload: Workload) -> dict[str, str]:
-    if workload.tokenizer is None:
-        return {}
-    return {
-        stimulus: workload.tokenizer.decode(tokens)
-        for ids, generated in zip(workload.responders, outcome.generations(), strict=True)
-        for stimulus, tokens in zip(ids, generated.tokens, strict=True)
-    }

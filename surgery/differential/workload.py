@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from surgery.arch import Architecture
 from surgery.checkpoint import Checkpoint
-from surgery.errors import NothingCompared
+from surgery.errors import NothingCompared, StimuliError
 from surgery.export.tasks import Task
 from surgery.metrics import Metric, make_metric
+from surgery.metrics.intervals import LEVELS
 from surgery.metrics.line_metric import ANSWER as LANGUAGE
 from surgery.policy import Policy
 from surgery.runtimes.child import Generation
 from surgery.stimuli import Batch, Stimulus
+from surgery.stimuli.afford import afford, positions_for
 from surgery.stimuli.batches import (
     cache_batches,
     digest,
@@ -22,7 +25,10 @@ from surgery.stimuli.batches import (
     prompt_batches,
     within_budget,
 )
+from surgery.stimuli.extra import Space
 from surgery.stimuli.prompts import Tokenizer, tokens_of
+from surgery.stimuli.text import NAME as TEXT
+from surgery.stimuli.text import text_batch
 
 OUTPUT_BUDGET = 256 << 20
 """Bytes of kept outputs per corner; past it a seeded sample of positions is kept."""
@@ -41,7 +47,12 @@ class Measure:
 
 @dataclass(frozen=True)
 class Workload:
-    """`responders[i]` are the ids of the stimuli that `generations[i]` continues, in order."""
+    """`responders[i]` are the ids of the stimuli that `generations[i]` continues, in order.
+
+    space: what probes of the model can be; parameters: how many it has; position_bytes: what the
+    outputs of one position take; budget: bytes of outputs to keep; left_out: why a batch does not
+    run, or not in full, by its name; alone: the batch that was asked for in place of all.
+    """
 
     stimuli: tuple[Stimulus, ...]
     batches: tuple[Batch, ...]
@@ -49,11 +60,33 @@ class Workload:
     generations: tuple[Generation, ...]
     responders: tuple[tuple[str, ...], ...]
     tokenizer: Tokenizer | None
-    vocab: int
-    seed: int
+    space: Space
+    confidences: tuple[float, ...] = LEVELS
+    parameters: int = 0
+    position_bytes: int = 1
+    budget: int = 0
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    alone: str = ""
+
+    @property
+    def vocab(self) -> int:
+        return self.space.vocab
+
+    @property
+    def seed(self) -> int:
+        return self.space.seed
 
     def of_set(self, name: str) -> tuple[Stimulus, ...]:
         return tuple(stimulus for stimulus in self.stimuli if stimulus.set == name)
+
+    @property
+    def most_positions(self) -> int:
+        """Positions whose outputs one round can hold at once."""
+        return OUTPUT_BUDGET // self.position_bytes
+
+    def keep(self, batches: Sequence[Batch]) -> list[Batch]:
+        """`batches` with as many selected positions as there is room for."""
+        return within_budget(batches, self.position_bytes, self.budget, self.seed)
 
     def describe(self) -> dict[str, object]:
         """What names this workload in a report: digest, seed and sizes."""
@@ -62,6 +95,8 @@ class Workload:
             "seed": self.seed,
             "batches": len(self.batches),
             "positions": sum(len(batch.selected) for batch in self.batches),
+            "batch_sha256": {batch.name: digest([batch]) for batch in self.batches},
+            **({"left_out": dict(self.left_out)} if self.left_out else {}),
         }
 
 
@@ -81,16 +116,16 @@ def make_workload(
     tokenizer = Tokenizer(model.root) if prompted or responding else None
     tokens = tokens_of(stimuli, tokenizer, vocab, positions)
     width = _position_bytes(arch, task) // 2
-    batches = [*prompt_batches(stimuli, tokens, width), *probe_batches(vocab, positions, seed)]
-    if task.causal:
-        batches += position_batches(vocab, positions, seed)
-    if task.cache:
-        batches += cache_batches(vocab, positions, seed)
+    parameters = _parameters(model)
+    text, untold = _text(model, vocab, positions, seed)
+    asked = _probes(task, vocab, positions, seed, text)
+    probes = afford(asked, positions_for(parameters))
+    batches = [*prompt_batches(stimuli, tokens, width), *probes.batches]
     if not batches:
         raise NothingCompared("there is no input to compare on")
     # A text has one row of classes, whichever of its positions is asked for.
     budget = 0 if task.rows else OUTPUT_BUDGET
-    kept = within_budget(batches, _position_bytes(arch, task), budget, seed)
+    kept = within_budget(batches, 2 * width, budget, seed)
     measures = tuple(_measures(stimuli, policy)) if task.causal else ()
     responders = _responders(stimuli, measures, tokens, tokenizer, positions)
     ends = _end_tokens(model)
@@ -104,9 +139,42 @@ def make_workload(
         ),
         tuple(responders.values()),
         tokenizer,
-        vocab,
-        seed,
+        Space(vocab, positions, task.causal, task.cache, seed),
+        tuple(sorted({*LEVELS, *policy.confidences})),
+        parameters,
+        2 * width,
+        budget,
+        probes.left_out | untold,
     )
+
+
+def _text(
+    model: Checkpoint, vocab: int, positions: int, seed: int
+) -> tuple[list[Batch], dict[str, str]]:
+    """Real text, or why there is none although the checkpoint has a tokenizer."""
+    try:
+        batch = text_batch(model.root, vocab, positions, seed)
+    except StimuliError as error:
+        return [], {TEXT: str(error)}
+    return [batch] if batch else [], {}
+
+
+def _probes(
+    task: Task, vocab: int, positions: int, seed: int, text: Sequence[Batch]
+) -> list[Batch]:
+    """Every probe of the task, those first that tell most where not all can run: caches, for
+    their first parts are runs without a cache, and of positions the last."""
+    found = list(cache_batches(vocab, positions, seed)) if task.cache else []
+    found += text
+    found += probe_batches(vocab, positions, seed)
+    if task.causal:
+        found += reversed(list(position_batches(vocab, positions, seed)))
+    return found
+
+
+def _parameters(model: Checkpoint) -> int:
+    """Elements of all tensors: an upper bound, since a lookup and idle experts compute nothing."""
+    return sum(math.prod(info.shape) for info in model.tensors.values())
 
 
 def _position_bytes(arch: Architecture, task: Task) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.receipt import canonical
+from surgery.places import cache_home
 
 SUFFIX = ".graph"
 
@@ -37,11 +37,7 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 def folder() -> Path:
     """Where entries lie: below `SURGERY_CACHE`, else `XDG_CACHE_HOME`, else `~/.cache`."""
-    own = os.environ.get("SURGERY_CACHE")
-    if own:
-        return Path(own) / "graphs"
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "surgery" / "graphs"
+    return cache_home() / "graphs"
 
 
 def load(key: str) -> bytes | None:

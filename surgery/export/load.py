@@ -17,11 +17,12 @@ from surgery.export.tasks import Task
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
-def load_model(model_dir: Path, task: Task, dtype: str) -> Any:
+def load_model(model_dir: Path, task: Task, dtype: str, attention: str | None = None) -> Any:
     """The transformers model of `model_dir` for `task`, in eval mode, on the CPU.
 
     `dtype` is torch's name of the one every parameter is cast to (`float32`, `float16`,
-    `float64`). Raises `CheckpointError` when the folder is malformed, transformers refuses it, or
+    `bfloat16`, `float64`); `attention` is `eager` or `sdpa`, by default sdpa where a class has it.
+    Raises `CheckpointError` when the folder is malformed, transformers refuses it, or
     a parameter has no tensor in it, which transformers would fill with random numbers.
     """
     checkpoint = Checkpoint.open(model_dir)
@@ -34,7 +35,7 @@ def load_model(model_dir: Path, task: Task, dtype: str) -> Any:
             use_safetensors=True,
             output_loading_info=True,
             **_LOCAL,
-            **_implementation(cls),
+            **({"attn_implementation": attention} if attention else _implementation(cls)),
             # Kernels that multiply experts in groups know no float64.
             **({"experts_implementation": "eager"} if _has_experts(cls) else {}),
             **_pooling(cls, task, checkpoint),
@@ -48,6 +49,32 @@ def load_model(model_dir: Path, task: Task, dtype: str) -> Any:
             f"first {quote(missing[0])}"
         )
     return model.eval()
+
+
+def load_empty(model_dir: Path, task: Task, dtype: str) -> Any:
+    """The model of `load_model` with its parameters on the meta device: sizes, and no numbers.
+
+    Buffers, such as rotary frequencies, are real. Raises what `load_model` raises, but for
+    parameters without a tensor.
+    """
+    checkpoint = Checkpoint.open(model_dir)
+
+    def make(cls: Any, config: Any, torch: Any) -> Any:
+        with _meta_parameters(torch):
+            model = cls._from_config(
+                config,
+                dtype=getattr(torch, dtype),
+                **_implementation(cls),
+                **({"experts_implementation": "eager"} if _has_experts(cls) else {}),
+                **_pooling(cls, task, checkpoint),
+            )
+            # As after loading: buffers are computed in float32, whatever type they have.
+            for module in model.modules():
+                module._is_hf_initialized = False
+            model.initialize_weights()
+        return model.eval()
+
+    return _transformers(model_dir, task, make)
 
 
 def load_skeleton(
@@ -73,6 +100,14 @@ def load_skeleton(
 
     made: tuple[Any, Any] = _transformers(model_dir, task, make)
     return made
+
+
+def as_captured(model: Any) -> Any:
+    """A model of `load_model` that computes experts as a skeleton does: a loop over those that
+    are chosen cannot be captured."""
+    if _has_experts(type(model)):
+        model.set_experts_implementation(model.get_correct_experts_implementation(None))
+    return model
 
 
 def forward_inputs(model: Any, task: Task) -> tuple[str, ...]:
@@ -126,17 +161,42 @@ def _fake_parameters(torch: Any) -> Iterator[Any]:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+    def fake(parameter: Any) -> Any:
+        if isinstance(parameter, FakeTensor):
+            return parameter
+        with mode:
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+        return torch.nn.Parameter(empty, requires_grad=False)
+
+    with _registered(torch, fake):
+        yield mode
+
+
+@contextlib.contextmanager
+def _meta_parameters(torch: Any) -> Iterator[None]:
+    """While entered, every parameter that a module registers goes to the meta device."""
+
+    def meta(parameter: Any) -> Any:
+        if parameter.is_meta:
+            return parameter
+        empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        return torch.nn.Parameter(empty, requires_grad=False)
+
+    with _registered(torch, meta):
+        yield
+
+
+@contextlib.contextmanager
+def _registered(torch: Any, change: Callable[[Any], Any]) -> Iterator[None]:
+    """While entered, modules register what `change` makes of each parameter."""
     register = torch.nn.Module.register_parameter
 
-    def fake(self: Any, name: str, parameter: Any) -> None:
-        if parameter is not None and not isinstance(parameter, FakeTensor):
-            with mode:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-            parameter = torch.nn.Parameter(empty, requires_grad=False)
-        register(self, name, parameter)
+    def changed(self: Any, name: str, parameter: Any) -> None:
+        register(self, name, None if parameter is None else change(parameter))
 
-    torch.nn.Module.register_parameter = fake
+    torch.nn.Module.register_parameter = changed
     try:
-        yield mode
+        yield
     finally:
         torch.nn.Module.register_parameter = register

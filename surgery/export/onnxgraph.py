@@ -12,6 +12,12 @@ from surgery.export.external import check_tensor
 
 # Operators of onnxruntime's own domain have no schema in the onnx package; it knows them itself.
 FOREIGN_DOMAINS = ("com.microsoft",)
+_DECLARED = (
+    "ai.onnx.training", "ai.onnx.preview", "com.microsoft.experimental", "com.microsoft.nchwc",
+    "org.pytorch.aten",
+)  # fmt: skip
+"""Domains that ONNX Runtime declares in every file it saves, whether a node is of them or not: the
+declaration is taken, a node is not."""
 _MAX_DEPTH = 32
 
 
@@ -33,7 +39,7 @@ def check_opsets(model: Any, file: str) -> dict[str, int]:
     for schema in defs.get_all_schemas_with_history():
         newest[schema.domain] = max(newest.get(schema.domain, 0), schema.since_version)
     newest |= {function.domain: 2**63 for function in model.functions if function.domain}
-    newest |= dict.fromkeys(FOREIGN_DOMAINS, 2**63)
+    newest |= dict.fromkeys((*FOREIGN_DOMAINS, *_DECLARED), 2**63)
     found = {}
     for opset in model.opset_import:
         domain = "" if opset.domain == "ai.onnx" else opset.domain

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from surgery.arch import Architecture, Role
 from surgery.arch.facts import ModuleFact
 from surgery.checkpoint import Checkpoint
-from surgery.errors import ExportError, quote
+from surgery.errors import CheckpointError, ExportError, quote
 from surgery.export.expressions import Concat, Expression, Stack, Tensor
 
 _Place = tuple[int | None, int]
@@ -51,6 +52,30 @@ def source(
                 "tie_word_embeddings to false"
             )
     return found[0]
+
+
+def parameters(model: Any, arch: Architecture, checkpoint: Checkpoint) -> dict[str, Expression]:
+    """Every parameter's name in a transformers `model`, tied ones too, to what it is made of.
+
+    Names that the model ties and that each have a tensor are each made of their own, as
+    transformers loads them. Raises `CheckpointError` for one that has no tensor of its shape.
+    """
+    known = sources(arch, "" if model.base_model is model else f"{model.base_model_prefix}.")
+    named = dict(model.named_parameters(remove_duplicate=False))
+    tied: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in named.items():
+        tied[id(parameter)].append(name)
+    found = {}
+    for name, parameter in named.items():
+        own = next((known[n] for n in (name, *tied[id(parameter)]) if n in known), None)
+        shape = own.shape(checkpoint) if own else None
+        if own is None or shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{checkpoint.root}: expected numbers {list(parameter.shape)} for parameter "
+                f"{quote(name)}; found {'no tensor' if shape is None else list(shape)}"
+            )
+        found[name] = own
+    return found
 
 
 def _parameter(module: ModuleFact, role: Role, prefix: str) -> str:

@@ -28,19 +28,60 @@ def trace(
     with `report`, torch writes its own report into that folder, also of a failure. Raises
     `ExportError`, which names the stage, the module and the operator at fault.
     """
-    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
-
     try:
-        inputs, shapes = _sample(skeleton, mode, task)
-        config = OnnxConfig(
-            dynamic=True, optimize=False, opset_version=opset, dynamic_shapes=shapes
-        )
         with _reporting(report):
-            model = OnnxExporter().export(skeleton, inputs, config).program
+            model = _export(skeleton, mode, task, opset)
     except Exception as error:  # torch.export and torch.onnx raise anything they like
         raise ExportError(f"{source}: the export {locate(error, skeleton)}") from None
     _rename(model.graph)
     return model
+
+
+def exported_program(model: Any, task: Task, opset: int, source: Path) -> Any:
+    """The `torch.export.ExportedProgram` of a live model that `trace` would have translated.
+
+    Its inputs are those of the graph, in order. Raises `ExportError` as `trace` does.
+    """
+    try:
+        with _stopped():
+            _export(model, contextlib.nullcontext(), task, opset)
+    except _Exported as reached:
+        return reached.program
+    except Exception as error:  # torch.export raises anything it likes
+        raise ExportError(f"{source}: the export {locate(error, model)}") from None
+    raise ExportError(f"{source}: the export never came to torch.onnx.export")
+
+
+def _export(model: Any, mode: Any, task: Task, opset: int) -> Any:
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    inputs, shapes = _sample(model, mode, task)
+    config = OnnxConfig(dynamic=True, optimize=False, opset_version=opset, dynamic_shapes=shapes)
+    return OnnxExporter().export(model, inputs, config).program
+
+
+class _Exported(Exception):
+    """An export that has come to where the captured program is translated."""
+
+    def __init__(self, program: Any) -> None:
+        super().__init__("captured")
+        self.program = program
+
+
+@contextlib.contextmanager
+def _stopped() -> Iterator[None]:
+    """While entered, `torch.onnx.export` raises `_Exported` with what it was to translate."""
+    import torch
+
+    def stop(program: Any, *args: Any, **named: Any) -> Any:
+        raise _Exported(program)
+
+    export, instead = torch.onnx.export, functools.partial(stop)
+    torch.onnx.export = instead
+    try:
+        yield
+    finally:
+        torch.onnx.export = export
 
 
 @contextlib.contextmanager

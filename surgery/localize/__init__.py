@@ -3,7 +3,8 @@
 Every value at the edge of a module is compared with PyTorch's. Then the graph is run once more with
 PyTorch's own values at every one of those edges: what still differs right after an edge was brought
 in between, whatever came before it. Putting PyTorch's values in there alone must make the error
-vanish everywhere else: that confirms it.
+vanish everywhere else: that confirms it. Who else gets it right from the same values (`referees`)
+names the stage; `edit` says where an edit goes another way.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from surgery.differential import Limits, Pair
 from surgery.export import onnxfile
 from surgery.export.lineage import Lineage
 from surgery.export.tasks import Task
-from surgery.localize.operators import Operator
 from surgery.localize.result import LIMIT, Fault, Localization, Row
 from surgery.localize.runs import Runs
 from surgery.localize.search import Search
+from surgery.localize.trial import Operator
 from surgery.stimuli import Batch
 
 __all__ = ["LIMIT", "Fault", "Localization", "Operator", "Row", "localize"]

@@ -67,6 +67,22 @@ def find_boundaries(
     return tuple(sorted(found.values(), key=lambda boundary: order[boundary.value]))
 
 
+def find_streams(
+    graph: Any, owners: Mapping[str, Role], arch: Architecture
+) -> tuple[Boundary, ...]:
+    """What every norm of a GraphProto reads, in the order it is computed, also where it is another
+    module's output."""
+    flow = _Flow(graph, owners)
+    order = {name: number for number, node in enumerate(graph.node) for name in node.output}
+    found = []
+    for (role, layer), (first, _) in flow.modules(arch).items():
+        if arch.facts.modules[role].type == "norm":
+            source = flow.norm_input(first)
+            if source in order:
+                found.append(Boundary(role, layer, STREAM, source))
+    return tuple(sorted(found, key=lambda boundary: order[boundary.value]))
+
+
 class _Flow:
     """What of a graph is made of parameters alone, and what of the inputs."""
 

@@ -32,13 +32,30 @@ class Runs:
     limits: process.Limits
     _count: int = 0
 
-    def torch(self, boundaries: Sequence[Boundary], dtype: str) -> Arrays:
-        """What crosses each boundary in PyTorch, by site, and the task's output."""
+    def torch(
+        self,
+        boundaries: Sequence[Boundary],
+        dtype: str,
+        given: Mapping[str, NDArray[Any]] | None = None,
+    ) -> Arrays:
+        """What crosses each boundary in PyTorch, by site, and the task's output; with the values
+        of `given`, by site too, read on in place of what is computed there."""
         return self._run(
             action="torch",
             model=str(self.pair.model.absolute()),
             dtype=dtype,
             boundaries=[asdict(boundary) for boundary in boundaries],
+            given=self._save("given", dict(given or {})),
+        )
+
+    def exported(self, boundaries: Sequence[Boundary], given: Mapping[str, NDArray[Any]]) -> Arrays:
+        """As `torch`, by the program that torch.export captures of the model; a boundary that
+        the program has not is left out."""
+        return self._run(
+            action="exported",
+            model=str(self.pair.model.absolute()),
+            boundaries=[asdict(boundary) for boundary in boundaries],
+            given=self._save("given", dict(given)),
         )
 
     def onnx(
@@ -48,9 +65,14 @@ class Runs:
         *,
         graph: Path | None = None,
         optimised: bool = True,
+        level: str = "all",
+        provider: str = "",
     ) -> Arrays:
         """`values` of the ONNX graph, and its outputs, with those of `given` in place of what it
-        computes; of another `graph` of the same checkpoint, whose data is the checkpoint's."""
+        computes; of another `graph` of the same checkpoint, whose data is the checkpoint's.
+
+        Not `optimised` is the `level` of optimisation `disabled`; no `provider` is the CPU's.
+        """
         own = self.pair.onnx if graph is None else graph
         folder = self.pair.data if graph is None else self.pair.model
         return self._run(
@@ -59,21 +81,28 @@ class Runs:
             initializers=str(folder.absolute()),
             values=list(values),
             given=self._save("given", dict(given or {})),
-            optimised=optimised,
+            level=level if optimised else "disabled",
+            provider=provider,
         )
 
-    def reference(self, value: str, given: Mapping[str, NDArray[Any]]) -> Arrays:
-        """`value` of the ONNX graph from those of `given`, by the onnx package's evaluator;
-        nothing where that knows an operator not."""
-        return self._run(
+    def reference(
+        self, values: Collection[str], given: Mapping[str, NDArray[Any]]
+    ) -> tuple[Arrays, dict[str, str]]:
+        """Each of `values` of the ONNX graph from those of `given` before it, by the onnx
+        package's evaluator; and why, of those that it cannot compute."""
+        found, told = self._child(
             action="reference",
             model=str(self.pair.onnx.absolute()),
             initializers=str(self.pair.data.absolute()),
-            value=value,
+            values=list(values),
             given=self._save("given", dict(given)),
         )
+        return found, told["problems"]
 
     def _run(self, **job: Any) -> Arrays:
+        return self._child(**job)[0]
+
+    def _child(self, **job: Any) -> tuple[Arrays, dict[str, Any]]:
         self._count += 1
         save = self.scratch / f"values-{self._count}.npz"
         job |= {
@@ -83,9 +112,9 @@ class Runs:
             "save": str(save),
         }
         ending = process.run("surgery.localize.worker", job, self.scratch, self.limits)
-        ending.value(f"{self.pair.onnx}: a run of the localisation", EnvironmentFault)
+        told = ending.value(f"{self.pair.onnx}: a run of the localisation", EnvironmentFault)
         with np.load(save, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            return {name: archive[name] for name in archive.files}, told
 
     def _save(self, name: str, arrays: Arrays) -> str:
         path = self.scratch / f"{name}-{self._count}.npz"

@@ -12,10 +12,16 @@ from surgery.arch import Architecture, Role
 from surgery.errors import NothingCompared
 from surgery.export.lineage import Lineage
 from surgery.localize.boundaries import Boundary, find_boundaries, output_of, owners_of
-from surgery.localize.graphs import segment
-from surgery.localize.operators import Operator, Operators
+from surgery.localize.operators import Operators
+from surgery.localize.referees import Case, Panel, referees
 from surgery.localize.result import LIMIT, Fault, Localization, Row
 from surgery.localize.runs import Arrays, Runs
+from surgery.localize.trial import Operator
+from surgery.metrics.distance import UNITS
+from surgery.metrics.shape import shape_of
+from surgery.runtimes.interface import FLOAT32
+from surgery.runtimes.precision import compute_dtype
+from surgery.runtimes.segments import segment
 
 Found = tuple[Boundary, Fault]
 
@@ -36,12 +42,15 @@ class Search:
         named = [(row.name, row.tensors) for row in lineage.rows]
         self._owners: dict[str, Role] = owners_of(named, arch)
         self._boundaries = find_boundaries(model.graph, self._owners, arch)
-        self._output = output_of(runs.task.output, _output_value(model, runs.task.output))
+        self._output = output_of(runs.task.output, output_value(model, runs.task.output))
+        self._dtype = compute_dtype(model)
 
     def run(self) -> Localization:
         self._progress("PyTorch at every boundary")
         self._torch = self._runs.torch(self._boundaries, "float32")
         self._wide = self._runs.torch(self._boundaries, "float64")
+        same = self._dtype == FLOAT32
+        self._noisy = self._torch if same else self._runs.torch(self._boundaries, self._dtype)
         self._check_finite()
         self._progress("ONNX Runtime at every boundary")
         free = self._runs.onnx(self._values())
@@ -51,7 +60,7 @@ class Search:
         forced = self._runs.onnx(self._values(), given)
         rows = tuple(self._rows(free, forced))
         guilty = [b for b, row in zip(self._edges(), rows, strict=True) if row.guilty]
-        faults = tuple(grouped(self._faults(guilty, rows, given)))
+        faults = tuple(grouped(self._faults(guilty, rows, given, forced)))
         left_out = tuple(b.site for b in self._boundaries if b not in self._comparable)
         note = self._note(rows, faults)
         return Localization(rows, faults, self._runs.batch.name, left_out, note)
@@ -94,14 +103,33 @@ class Search:
     def _rows(self, free: Arrays, forced: Arrays) -> Iterable[Row]:
         for boundary in self._edges():
             own, wide = self._torch[boundary.site], self._wide[boundary.site]
-            noise = self._largest(own, wide)
+            noise = self._noise(boundary)
             yield Row(
                 boundary.site,
                 boundary.value,
                 noise,
                 self._ratio(free[boundary.value], wide, noise),
                 self._ratio(forced[boundary.value], own, noise),
+                *self._shape(boundary, free[boundary.value]),
             )
+
+    def _noise(self, boundary: Boundary) -> float:
+        return self._largest(self._noisy[boundary.site], self._wide[boundary.site])
+
+    def _shape(self, boundary: Boundary, found: NDArray[Any]) -> tuple[float, float] | tuple[()]:
+        """Overlap and sigma ratio of error and noise; nothing where they do not compare."""
+        wide = self._wide[boundary.site]
+        if found.size != wide.size:
+            return ()
+        noisy, own, exact = (
+            self._rows_of(array.reshape(wide.shape))
+            for array in (self._noisy[boundary.site], found, wide)
+        )
+        return shape_of(noisy, own, exact, UNITS[self._dtype])
+
+    def _rows_of(self, array: NDArray[Any]) -> NDArray[np.float64]:
+        real = self._real(array).astype(np.float64)
+        return real.reshape(len(real), -1)
 
     def _ratio(self, found: NDArray[Any], expected: NDArray[Any], noise: float) -> float:
         if found.size != expected.size:
@@ -115,7 +143,7 @@ class Search:
         if not np.isfinite(a).all():
             return float("inf")
         difference = float(np.abs(a - b).max(initial=0.0))
-        floor = float(np.abs(b).max(initial=0.0) * np.finfo(np.float32).eps / 2)
+        floor = float(np.abs(b).max(initial=0.0) * UNITS[self._dtype])
         return max(difference, floor, 1e-30)
 
     def _real(self, array: NDArray[Any]) -> NDArray[Any]:
@@ -123,62 +151,83 @@ class Search:
         return array[mask] if array.shape[:2] == mask.shape else array
 
     def _faults(
-        self, guilty: list[Boundary], rows: tuple[Row, ...], given: Mapping[str, NDArray[Any]]
+        self,
+        guilty: list[Boundary],
+        rows: tuple[Row, ...],
+        given: Mapping[str, NDArray[Any]],
+        forced: Arrays,
     ) -> Iterator[Found]:
         if not guilty:
             return
         self._progress("confirmation")
         introduced = {row.site: row.introduced for row in rows}
         healed = self._healed(guilty, given)
+        panel = self._panel(guilty, given, forced)
         every = (*self._boundaries, self._output)
         operators = Operators(self._runs, self._arch, self._model, every, given, self._lineage)
         for boundary in guilty:
             self._progress(f"operator at {boundary.site}")
+            operator = operators.find(boundary, self._judge(boundary))
+            self._progress(f"referees at {boundary.site}")
+            verdict = panel.judge(boundary, _explained(operator))
             yield (
                 boundary,
                 Fault(
                     boundary.site,
                     introduced[boundary.site],
                     healed,
-                    self._stage(boundary, given),
-                    operators.find(boundary, self._judge(boundary)),
+                    verdict.stage,
+                    operator,
                     within=self._within(boundary, given),
+                    referees=verdict.rulings,
+                    note=verdict.note,
                 ),
             )
 
     def _healed(self, guilty: list[Boundary], given: Mapping[str, NDArray[Any]]) -> bool:
-        """Whether nothing but the guilty values themselves is wrong any more."""
-        own = {b.value: given[b.value] for b in guilty if b.value in given}
-        reset = self._runs.onnx(self._values(), own)
-        others = [b for b in self._edges() if b not in guilty]
-        for boundary in others:
-            wide = self._wide[boundary.site]
-            noise = self._largest(self._torch[boundary.site], wide)
-            if self._ratio(reset[boundary.value], wide, noise) > LIMIT:
-                return False
-        return bool(others)
+        """Whether nothing is wrong any more with PyTorch's values at the guilty boundaries, or at
+        all of their kind: in another layer the same cause may stay below the limit by itself."""
+        kinds = {(b.role, b.side) for b in guilty}
+        alike = [b for b in self._edges() if b in guilty or (b.role, b.side) in kinds]
+        return self._right_with(guilty, given) or self._right_with(alike, given)
+
+    def _right_with(self, reset: list[Boundary], given: Mapping[str, NDArray[Any]]) -> bool:
+        """Whether every other boundary is right with PyTorch's values at those of `reset`."""
+        own = {b.value: given[b.value] for b in reset if b.value in given}
+        found = self._runs.onnx(self._values(), own)
+        others = [b for b in self._edges() if b not in reset]
+        return bool(others) and all(self._is_right(b, found[b.value]) for b in others)
+
+    def _is_right(self, boundary: Boundary, found: NDArray[Any]) -> bool:
+        """Whether a value of a run is PyTorch's to within the limit."""
+        return self._ratio(found, self._wide[boundary.site], self._noise(boundary)) <= LIMIT
 
     def _judge(self, boundary: Boundary) -> Callable[[NDArray[Any]], bool]:
-        own, wide = self._torch[boundary.site], self._wide[boundary.site]
-        noise = self._largest(own, wide)
+        own, noise = self._torch[boundary.site], self._noise(boundary)
         return lambda found: self._ratio(found, own, noise) <= LIMIT
 
-    def _stage(self, boundary: Boundary, given: Mapping[str, NDArray[Any]]) -> str:
-        """What of the conversion is at fault, by who else gets it right: nothing optimised, or
-        the onnx package's own definitions of the operators."""
-        right, value = self._judge(boundary), boundary.value
-        if right(self._runs.onnx([value], given, optimised=False)[value]):
-            return "optimise"
-        found = self._runs.reference(value, given).get(value)
-        return "kernel" if found is not None and right(found) else "translate"
+    def _panel(
+        self, guilty: list[Boundary], given: Mapping[str, NDArray[Any]], forced: Arrays
+    ) -> Panel:
+        case = Case(self._runs, tuple(self._edges()), self._torch, given, forced)
+        return Panel(case, referees(), guilty, self._apart, LIMIT)
+
+    def _apart(self, boundary: Boundary, one: NDArray[Any], other: NDArray[Any]) -> float:
+        return self._ratio(one, other, self._noise(boundary))
 
     def _within(self, boundary: Boundary, given: Mapping[str, Any]) -> tuple[str, ...]:
         """The experts whose weights are read before a boundary and after those before it."""
-        nodes = segment(self._model, boundary.value, set(given))
+        nodes = segment(self._model, [boundary.value], set(given))
         read = {name for node in nodes for name in node.input}
         owners = [role for name, role in self._owners.items() if name in read]
         experts = {f"{r.role}.{r.layer}" for r in owners if "expert" in r.role}
         return tuple(sorted(experts))
+
+
+def _explained(operator: Operator | None) -> str:
+    """Why no capture can be at fault: it is made of a config, which holds no weight."""
+    named = operator is not None and operator.tensors
+    return "a weight is not the checkpoint's" if named else ""
 
 
 def grouped(found: Iterable[Found]) -> Iterator[Fault]:
@@ -202,7 +251,7 @@ def _cause(boundary: Boundary, fault: Fault) -> tuple[Any, ...]:
     return fault.stage, boundary.role, boundary.side, *kind
 
 
-def _output_value(model: Any, output: str) -> str:
+def output_value(model: Any, output: str) -> str:
     """What a ModelProto calls the task's output: by name, else the first of rank 3, which is
     what a run takes for it."""
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in model.graph.output}

@@ -17,6 +17,8 @@ Array = NDArray[Any]
 
 _EITHER_WAY = ("Add", "Mul", "And", "Or", "Max", "Min")
 """Operators that give the same whichever way round their operands come."""
+_CLOSE = 2e-6
+"""Operands that differ by this much of the larger at most are the same to a twin."""
 _MAX_ELEMENTS = 2**20
 _MAX_SHOWN = 4
 """A constant of more elements is not told in numbers."""
@@ -98,18 +100,21 @@ def unmatched(one: Segment, other: Segment, closeness: float) -> list[tuple[Any,
     return sorted(found, key=lambda pair: one.values[pair[1]].dtype.kind in "iu")
 
 
-def likest(array: Array, kind: str, other: Segment) -> list[tuple[Any, str]]:
-    """Nodes of `other` whose value could be in the place of `array`, the nearest number by number
-    first, then those of the same `kind` of node, each with that value's name."""
+def likest(node: Any, name: str, one: Segment, other: Segment) -> list[tuple[Any, str]]:
+    """Nodes of `other` whose value could be in the place of what `node` of `one` calls `name`: the
+    nearest number by number first, then those of the same kind of node, first those that read
+    most of the same; each with that value's name."""
+    array = one.values[name]
     alike = [
-        (node, name)
-        for node, name in other.results()
-        if other.values[name].size == array.size
-        and other.values[name].dtype.kind == array.dtype.kind
-        and name not in other.constants
+        (twin, value)
+        for twin, value in other.results()
+        if other.values[value].size == array.size
+        and other.values[value].dtype.kind == array.dtype.kind
+        and value not in other.constants
     ]
     near = min(alike, key=lambda pair: _distance(array, other.values[pair[1]]), default=None)
-    twins = [pair for pair in alike if pair[0].op_type == kind and pair != near]
+    twins = [pair for pair in alike if pair[0].op_type == node.op_type and pair != near]
+    twins.sort(key=lambda pair: len(operands(one, node, other, pair[0], _CLOSE)))
     return [*([near] if near else []), *twins]
 
 

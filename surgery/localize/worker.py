@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,20 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """Runs what `job["action"]` names, `torch`, `onnx` or `reference`; saves the values as
-    `job["save"]`."""
-    with np.load(job["batch"], allow_pickle=False) as archive:
-        inputs = {name: archive[name] for name in archive.files}
-    run = {"torch": _torch, "onnx": _onnx, "reference": _reference}[job["action"]]
-    values = run(job, inputs)
+    """Runs what `job["action"]` names, `torch`, `exported`, `onnx` or `reference`; saves the
+    values as `job["save"]`."""
+    actions: dict[str, Callable[[dict[str, Any], Arrays], Mapping[str, NDArray[Any] | str]]]
+    actions = {"torch": _torch, "exported": _exported, "onnx": _onnx, "reference": _reference}
+    found = actions[job["action"]](job, _arrays(job["batch"]))
+    values = {name: array for name, array in found.items() if not isinstance(array, str)}
     np.savez(job["save"], allow_pickle=False, **values)
-    return {"values": sorted(values)}
+    problems = {name: why for name, why in found.items() if isinstance(why, str)}
+    return {"values": sorted(values), "problems": problems}
+
+
+def _arrays(path: str) -> Arrays:
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
 
 
 def _torch(job: dict[str, Any], inputs: Arrays) -> Arrays:
@@ -39,22 +45,49 @@ def _torch(job: dict[str, Any], inputs: Arrays) -> Arrays:
     boundaries = [Boundary(**fields) for fields in job["boundaries"]]
     runtime = TorchRuntime(ModelRef("torch", path, job["task"], job["dtype"]), job["threads"])
     arch, kept = identify(Checkpoint.open(path)), Arrays()
-    with _watched(runtime.live, arch, boundaries, kept):
+    with _watched(runtime.live, arch, boundaries, kept, _arrays(job["given"])):
         found = runtime.infer(inputs)
     output = find_task(job["task"]).output
     return kept | {output: found[output]}
 
 
+def _exported(job: dict[str, Any], inputs: Arrays) -> Arrays:
+    from surgery.arch import identify
+    from surgery.checkpoint import Checkpoint
+    from surgery.export import DEFAULT_OPSET
+    from surgery.export.load import as_captured, load_model
+    from surgery.export.quiet import quiet
+    from surgery.export.trace import exported_program
+    from surgery.localize.program import run_program
+
+    path, task = Path(job["model"]), find_task(job["task"])
+    boundaries = [Boundary(**fields) for fields in job["boundaries"]]
+    arch = identify(Checkpoint.open(path))
+    with quiet():
+        live = as_captured(load_model(path, task, "float32"))
+        program = exported_program(live, task, DEFAULT_OPSET, path)
+    return run_program(program, live, task, arch, boundaries, inputs, _arrays(job["given"]))
+
+
 @contextmanager
-def _watched(model: Any, arch: Any, boundaries: list[Boundary], kept: Arrays) -> Iterator[None]:
-    """While entered, what crosses each boundary is kept under the boundary's site."""
+def _watched(
+    model: Any, arch: Any, boundaries: list[Boundary], kept: Arrays, given: Arrays
+) -> Iterator[None]:
+    """While entered, what crosses each boundary is kept under the boundary's site, and what is
+    given for it goes on in its place."""
 
     def keep(boundary: Boundary) -> Any:
+        def take(value: Any) -> None:
+            kept[boundary.site] = _array(value).copy()
+            if boundary.site in given:
+                # In place: a residual stream is read by more than the norm that it is watched at.
+                value.copy_(value.new_tensor(given[boundary.site]).reshape(value.shape))
+
         def after(module: Any, given: Any, result: Any) -> None:
-            kept[boundary.site] = _first(result).detach().numpy()
+            take(_first(result))
 
         def before(module: Any, given: Any, named: Any) -> None:
-            kept[boundary.site] = _first(given or tuple(named.values())).detach().numpy()
+            take(_first(given or tuple(named.values())))
 
         module = arch.module(model, boundary.role, boundary.layer)
         if boundary.side == OUTPUT:
@@ -67,6 +100,13 @@ def _watched(model: Any, arch: Any, boundaries: list[Boundary], kept: Arrays) ->
         yield
 
 
+def _array(value: Any) -> NDArray[Any]:
+    """Anything narrower than float32 as float32: numpy has no bfloat16."""
+    wide = value.detach().float() if value.element_size() < 4 else value.detach()
+    array: NDArray[Any] = wide.numpy()
+    return array
+
+
 def _first(value: Any) -> Any:
     return _first(value[0]) if isinstance(value, tuple) else value
 
@@ -75,15 +115,15 @@ def _onnx(job: dict[str, Any], inputs: Arrays) -> Arrays:
     from surgery.export import onnxfile
     from surgery.localize.graphs import FORCED, observed
     from surgery.runtimes import graph
-    from surgery.runtimes.onnxruntime import open_session
+    from surgery.runtimes.onnxruntime import CPU, open_session
 
     path, folder = Path(job["model"]), Path(job["initializers"])
     model = onnxfile.read(path, folder)
     signature = graph.signature(model, find_task(job["task"]).output, str(path))
-    with np.load(job["given"], allow_pickle=False) as archive:
-        given = {FORCED + name: archive[name] for name in archive.files}
+    given = {FORCED + name: array for name, array in _arrays(job["given"]).items()}
     shown = observed(model, job["values"], [name.removeprefix(FORCED) for name in given])
-    session = open_session(shown.SerializeToString(), folder, job["threads"], job["optimised"])
+    place = (job["level"], job["provider"] or CPU)
+    session = open_session(shown.SerializeToString(), folder, job["threads"], *place)
     types = {port.name: port.type for port in session.get_inputs()}
     fed = graph.feed(signature.ports, signature.roles, inputs)
     fed |= {name: array.astype(_NUMPY[types[name]]) for name, array in given.items()}
@@ -100,28 +140,35 @@ def _named(model: Any, signature: Any, found: Arrays) -> Arrays:
     return graph.name_outputs(signature, own)
 
 
-def _reference(job: dict[str, Any], inputs: Arrays) -> Arrays:
-    from onnx.external_data_helper import load_external_data_for_model
-
+def _reference(job: dict[str, Any], inputs: Arrays) -> dict[str, NDArray[Any] | str]:
     from surgery.export import onnxfile
-    from surgery.localize.graphs import extract
     from surgery.runtimes import graph
-    from surgery.runtimes.reference import evaluator
 
     path, folder = Path(job["model"]), Path(job["initializers"])
     model = onnxfile.read(path, folder)
     signature = graph.signature(model, find_task(job["task"]).output, str(path))
-    with np.load(job["given"], allow_pickle=False) as archive:
-        given = {name: archive[name] for name in archive.files}
-    part = extract(model, job["value"], given)
-    load_external_data_for_model(part, str(folder))
+    given = _arrays(job["given"])
     fed = graph.feed(signature.ports, signature.roles, inputs) | given
+    return {value: _evaluate(model, folder, value, given, fed) for value in job["values"]}
+
+
+def _evaluate(
+    model: Any, folder: Path, value: str, given: Arrays, fed: Arrays
+) -> NDArray[Any] | str:
+    """One value by the onnx package's evaluator, or why it cannot compute it."""
+    from onnx.external_data_helper import load_external_data_for_model
+
+    from surgery.runtimes.reference import evaluator
+    from surgery.runtimes.segments import extract
+
+    part = extract(model, [value], given)
+    load_external_data_for_model(part, str(folder))
     names = {port.name for port in part.graph.input}
     try:
-        found = evaluator(part).run(None, {name: fed[name] for name in names})
-    except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError):
-        return {}  # an operator of another domain, or one the package does not run
-    return {job["value"]: np.asarray(found[0])}
+        [found] = evaluator(part).run(None, {name: fed[name] for name in names})
+    except Exception as error:  # an operator it has not, or has otherwise, fails in any way
+        return process.one_line(f"{type(error).__name__}: {error}", 200)
+    return np.asarray(found)
 
 
 _NUMPY = {

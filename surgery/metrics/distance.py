@@ -7,16 +7,25 @@ the two runtimes themselves is reported beside it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from surgery.metrics.ratio import divide
+from surgery.metrics.shape import ShapeSums, position_scale
+from surgery.metrics.tolerance import ToleranceSums
+
 Floats = NDArray[np.floating[Any]]
 
 HALF_ULP = 2.0**-24
 """Unit roundoff of float32: no float32 result can be trusted closer than this to its value."""
+
+UNITS = {"float32": HALF_ULP, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+"""Unit roundoff of each type that a graph computes in."""
 
 
 @dataclass
@@ -47,8 +56,13 @@ class Spread:
 
 @dataclass
 class ConversionSums:
-    """PyTorch float32 `t`, the float64 `reference` and ONNX Runtime `r`, batch by batch."""
+    """PyTorch float32 `t`, the float64 `reference` and ONNX Runtime `r`, batch by batch.
 
+    `dtype` is what the graph computes in. Where that is not float32, noise is what PyTorch makes
+    in that type.
+    """
+
+    dtype: str = "float32"
     difference: Spread = field(default_factory=Spread)
     relative: Spread = field(default_factory=Spread)
     noise: Spread = field(default_factory=Spread)
@@ -60,9 +74,19 @@ class ConversionSums:
     positions: int = 0
     ratio_position: float = 0.0
     worst: tuple[float, str] = (-1.0, "")
+    shape: ShapeSums = field(default_factory=ShapeSums)
+    tolerance: ToleranceSums = field(default_factory=ToleranceSums)
 
-    def add(self, where: list[str], t: Floats, reference: Floats, r: Floats) -> None:
-        """Adds arrays [n, features]; `where[i]` names position i."""
+    def add(
+        self,
+        where: list[str],
+        t: Floats,
+        reference: Floats,
+        r: Floats,
+        narrow: Floats | None = None,
+    ) -> None:
+        """Adds arrays [n, features]; `where[i]` names position i; `narrow` is PyTorch in `dtype`,
+        where that is not float32."""
         wide_t, wide_r = np.asarray(t, np.float64), np.asarray(r, np.float64)
         difference = wide_r - wide_t
         self.difference.add(difference)
@@ -71,27 +95,28 @@ class ConversionSums:
         with np.errstate(divide="ignore", invalid="ignore"):
             self.relative.add(np.where(difference == 0, 0.0, difference / span))
         self.positions += len(wide_t)
-        self.noise.add(wide_t - reference)
-        self.error.add(wide_r - reference)
+        noise = np.asarray(t if narrow is None else narrow, np.float64) - reference
+        error = wide_r - reference
+        self.noise.add(noise)
+        self.error.add(error)
         self.scale.add(reference)
         self.dot += float((wide_t * wide_r).sum())
         self.t_squares += float(np.square(wide_t).sum())
         self.r_squares += float(np.square(wide_r).sum())
         self._note_worst(where, np.abs(difference).max(axis=-1))
-        self._note_position(wide_t, np.asarray(reference, np.float64), wide_r)
+        self._note_position(noise, error, np.asarray(reference, np.float64))
+        self.tolerance.add(wide_t, wide_r)
 
-    def _note_position(self, t: Floats, reference: Floats, r: Floats) -> None:
-        """Keeps the largest error of one position over that position's own noise, in L2.
+    def _note_position(self, noise: Floats, error: Floats, reference: Floats) -> None:
+        """Keeps the largest error of one position over that position's own noise, in L2, and adds
+        to the distributions of both.
 
-        One noisy position would hide an error elsewhere from the other two ratios. The least
-        noise a position is taken to have is four roundings of its own values: with fewer, two
-        correct runtimes differ by chance.
+        One noisy position would hide an error elsewhere from the other two ratios.
         """
-        noise = np.linalg.norm(t - reference, axis=-1)
-        least = 4 * HALF_ULP * np.linalg.norm(reference, axis=-1)
-        error = np.linalg.norm(r - reference, axis=-1)
-        ratios = [divide(e, max(n, m)) for e, n, m in zip(error, noise, least, strict=True)]
-        self.ratio_position = float(np.max([self.ratio_position, *ratios]))
+        scale = position_scale(noise, reference, UNITS[self.dtype])
+        errors = np.linalg.norm(error, axis=-1) / np.sqrt(max(error.shape[-1], 1))
+        self.ratio_position = float(np.max([self.ratio_position, *map(divide, errors, scale)]))
+        self.shape.add(noise, error, scale)
 
     def _note_worst(self, where: list[str], largest: NDArray[np.float64]) -> None:
         # A NaN is worse than any number.
@@ -102,12 +127,12 @@ class ConversionSums:
 
     @property
     def noise_max(self) -> float:
-        """The largest float32 error, and never less than rounding the result itself makes."""
-        return max(self.noise.largest, HALF_ULP * self.scale.largest)
+        """PyTorch's largest error, and never less than rounding the result itself makes."""
+        return max(self.noise.largest, UNITS[self.dtype] * self.scale.largest)
 
     @property
     def noise_l2(self) -> float:
-        return max(self.noise.l2, HALF_ULP * self.scale.l2)
+        return max(self.noise.l2, UNITS[self.dtype] * self.scale.l2)
 
     @property
     def cosine(self) -> float:
@@ -125,16 +150,24 @@ class ConversionSums:
 
 @dataclass
 class InteractionSums:
-    """I = (R_e - R_o) - (T_e - T_o) and E = T_e - T_o, with the noise of all four corners."""
+    """I = (R_e - R_o) - (T_e - T_o) and E = T_e - T_o, with the noise of all four corners; `dtype`
+    is the narrowest that a graph computes in."""
 
+    dtype: str = "float32"
     effect: Spread = field(default_factory=Spread)
     interaction: Spread = field(default_factory=Spread)
     noise: Spread = field(default_factory=Spread)
     scale: Spread = field(default_factory=Spread)
     dot: float = 0.0
 
-    def add(self, corners: dict[str, Floats], references: dict[str, Floats]) -> None:
-        """`corners` holds T_o, T_e, R_o, R_e and `references` the float64 T_o and T_e."""
+    def add(
+        self,
+        corners: dict[str, Floats],
+        references: dict[str, Floats],
+        narrow: Mapping[str, Floats] = MappingProxyType({}),
+    ) -> None:
+        """`corners` holds T_o, T_e, R_o, R_e, `references` the float64 T_o and T_e, and `narrow`
+        those of them that a graph computes in another type than float32."""
         wide = {name: np.asarray(values, np.float64) for name, values in corners.items()}
         effect = wide["T_e"] - wide["T_o"]
         interaction = (wide["R_e"] - wide["R_o"]) - effect
@@ -142,12 +175,12 @@ class InteractionSums:
         self.interaction.add(interaction)
         self.dot += float((interaction * effect).sum())
         for name, reference in references.items():
-            self.noise.add(wide[name] - reference)
+            self.noise.add(np.asarray(narrow.get(name, wide[name]), np.float64) - reference)
             self.scale.add(reference)
 
     @property
     def noise_l2(self) -> float:
-        return max(self.noise.l2, HALF_ULP * self.scale.l2)
+        return max(self.noise.l2, UNITS[self.dtype] * self.scale.l2)
 
     @property
     def ratio(self) -> float:
@@ -160,10 +193,3 @@ class InteractionSums:
     @property
     def noise_ratio(self) -> float:
         return divide(self.interaction.l2, self.noise_l2)
-
-
-def divide(a: float, b: float) -> float:
-    """a / b, with 0 / 0 = 0 (no error over no noise) and a / 0 infinite; NaN stays NaN."""
-    if b == 0:
-        return 0.0 if a == 0 else a * float("inf")
-    return a / b

@@ -11,16 +11,10 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from surgery.evidence import CORNERS, EDGES, Effect
+from surgery.report.cells import number, signed
+from surgery.report.klplot import kl_plot
 from surgery.report.model import Report
-from surgery.report.tables import (
-    HEADLINES,
-    change,
-    headline,
-    number,
-    signed,
-    subline,
-    tables,
-)
+from surgery.report.tables import HEADLINES, change, headline, subline, tables
 from surgery.syntax import printable
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -98,6 +92,7 @@ class Html:
             converted_edit=_edit_state(report, "R"),
             interaction=_interaction(report),
             charts=[_chart(effect) for effect in report.effects],
+            plot=kl_plot(report),
             tables=tables(report),
         )
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
+from surgery.report.cells import Table
 from surgery.report.model import Report
-from surgery.report.tables import Table, headline, subline, tables
+from surgery.report.tables import headline, subline, tables
 
 
 class Markdown:

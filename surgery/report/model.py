@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass, replace
 from os import PathLike
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
@@ -21,10 +21,28 @@ from pydantic_core import core_schema
 
 from surgery.documents import SchemaOne, load_data, read_text, validate
 from surgery.errors import ReportError
-from surgery.evidence import Conversion, Corner, Drift, Effect, Evidence, Finding, Interaction
+from surgery.evidence import (
+    Conversion,
+    Corner,
+    Divergence,
+    Drift,
+    Effect,
+    ErrorShape,
+    Evidence,
+    Finding,
+    Interaction,
+    Interval,
+    LayerError,
+    Parting,
+    Repeat,
+    SiteInteraction,
+    StimulusInteraction,
+    Tolerance,
+)
 from surgery.gate import Verdict, judge
 from surgery.policy import Policy
 from surgery.syntax import escape
+from surgery.taxonomy import Issue, issues
 
 MAX_BYTES = 64 << 20
 
@@ -118,10 +136,20 @@ class Report(BaseModel):
     interaction: tuple[Annotated[Interaction, _Row()], ...]
     effects: tuple[Annotated[Effect, _Row()], ...]
     drift: tuple[Annotated[Drift, _Row()], ...]
+    divergence: tuple[Annotated[Divergence, _Row()], ...] = ()
+    partings: tuple[Annotated[Parting, _Row()], ...] = ()
+    intervals: tuple[Annotated[Interval, _Row()], ...] = ()
+    stimuli: tuple[Annotated[StimulusInteraction, _Row()], ...] = ()
+    sites: tuple[Annotated[SiteInteraction, _Row()], ...] = ()
     faults: tuple[Annotated[Finding, _Row()], ...]
     findings: tuple[Annotated[Finding, _Row()], ...]
+    issues: tuple[Annotated[Issue, _Row()], ...] = ()
     compared: int
     covered_rows: int
+    layers: tuple[Annotated[LayerError, _Row()], ...] = ()
+    shapes: tuple[Annotated[ErrorShape, _Row()], ...] = ()
+    tolerances: tuple[Annotated[Tolerance, _Row()], ...] = ()
+    repeats: tuple[Annotated[Repeat, _Row()], ...] = ()
     policy: Policy
     environment: dict[str, str]
     inputs: dict[str, dict[str, JsonValue]]
@@ -144,6 +172,7 @@ class Report(BaseModel):
             "schema": 1,
             "verdict": verdict.verdict,
             "findings": verdict.findings,
+            "issues": _issues(verdict.findings),
             "policy": policy.model_dump(by_alias=True),
             "environment": environment,
             "inputs": inputs,
@@ -173,6 +202,11 @@ def load_report(path: str | PathLike[str]) -> Report:
     return report
 
 
+def _issues(findings: Iterable[Finding]) -> tuple[Issue, ...]:
+    """Of names as the file spells them, so that they are the same when it is read back."""
+    return issues(replace(f, site=plain(f.site), operator=plain(f.operator)) for f in findings)
+
+
 def _check_verdict(report: Report, name: str) -> None:
     said = judge(report.evidence(), report.policy)
     if report.verdict != said.verdict:
@@ -183,6 +217,10 @@ def _check_verdict(report: Report, name: str) -> None:
     if plain(report.findings) != plain(said.findings):
         raise ReportError(
             f"{name}: its findings are not what its evidence says; run diff or validate again"
+        )
+    if plain(report.issues) != plain(_issues(said.findings)):
+        raise ReportError(
+            f"{name}: its issues are not what its findings say; run diff or validate again"
         )
 
 

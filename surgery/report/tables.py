@@ -8,49 +8,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
-from surgery.evidence import CORNERS, Conversion, Effect, Finding
+from surgery.evidence import (
+    CORNERS,
+    Conversion,
+    Effect,
+    Finding,
+    LayerError,
+    SiteInteraction,
+)
+from surgery.report.behaviour import behaviour_tables
+from surgery.report.cells import ABSENT, Table, number, percent, signed
+from surgery.report.cells import make_table as _table
 from surgery.report.model import Report
-from surgery.syntax import printable
+from surgery.report.noise_tables import noise_tables
+from surgery.taxonomy import Issue
 
-ABSENT = "–"
 RUNTIMES = {"T": "PyTorch", "R": "ONNX Runtime"}
 HEADLINES = {"pass": "PASS", "fail": "FAIL", "not_evaluated": "NOT EVALUATED"}
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells; `numeric` holds the columns to align right.
-
-    Where there is no room, `spare` headers go first, in this order; `names` headers are over cells
-    that are never broken within a word.
-    """
-
-    title: str
-    headers: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    numeric: frozenset[int] = frozenset()
-    spare: tuple[str, ...] = ()
-    names: frozenset[str] = frozenset()
-
-
-def number(value: float | None) -> str:
-    """Three digits, or the whole part in full; `–` for what was not measured."""
-    if value is None:
-        return ABSENT
-    if not abs(value) < math.inf:
-        return "NaN" if math.isnan(value) else "∞" if value > 0 else "−∞"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if 1e3 <= abs(value) < 1e9:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
-
-
-def signed(value: float) -> str:
-    return ("+" if value > 0 else "") + number(value)
 
 
 def headline(report: Report) -> str:
@@ -76,11 +53,18 @@ def tables(report: Report) -> list[Table]:
     """Every table that has rows, the verdict's reasons first."""
     made = (
         _findings(report.findings),
+        _issues(report.issues),
         _effects(report.effects),
         _drift(report),
         _conversion(report.conversion),
         _worst(report.conversion),
+        *noise_tables(report.shapes, report.tolerances, report.repeats),
         _interaction(report),
+        _layers(report.layers),
+        stimuli_table(report),
+        sites_table(report.sites),
+        *behaviour_tables(report),
+        _left_out(report),
         _corners(report),
         _policy(report),
         _inputs(report),
@@ -89,24 +73,19 @@ def tables(report: Report) -> list[Table]:
     return [table for table in made if table.rows]
 
 
-def _table(
-    title: str,
-    headers: tuple[str, ...],
-    rows: Iterable[Iterable[str]],
-    *numeric: int,
-    spare: tuple[str, ...] = (),
-    names: tuple[str, ...] = (),
-) -> Table:
-    shown = tuple(tuple(printable(cell, 600) for cell in row) for row in rows)
-    return Table(title, headers, shown, frozenset(numeric), spare, frozenset(names))
-
-
 def _findings(findings: Iterable[Finding]) -> Table:
     headers = ("stage", "symptom", "site", "value", "limit", "message")
     rows = (
         (f.stage, f.symptom, f.site, number(f.value), number(f.limit), f.message) for f in findings
     )
     return _table("Findings", headers, rows, 3, 4, spare=("limit", "value", "site"))
+
+
+def _issues(issues: Iterable[Issue]) -> Table:
+    headers = ("fingerprint", "stage", "symptom", "cause", "findings", "sites", "operator")
+    own = attrgetter(*headers[:4])
+    rows = ((*own(i), number(i.count), ", ".join(i.sites), i.operator) for i in issues)
+    return _table("Issues", headers, rows, 4, spare=("operator", "findings", "sites"))
 
 
 def _effects(effects: Iterable[Effect]) -> Table:
@@ -144,10 +123,6 @@ def _drift(report: Report) -> Table:
         for d in report.drift
     )
     return _table("Drift", headers, rows, 2, 3, 4)
-
-
-def percent(share: float) -> str:
-    return f"{share:.2%}" if math.isfinite(share) else number(share)
 
 
 def _conversion(conversion: Iterable[Conversion]) -> Table:
@@ -209,6 +184,70 @@ def _interaction(report: Report) -> Table:
     return _table("Interaction", headers, rows, 2, 3, 4, 5, 6, 7, spare=spare, names=names)
 
 
+def _layers(layers: Iterable[LayerError]) -> Table:
+    """Errors of the parts of a streamed model, in units of the noise."""
+    headers = ("edge", "from", "to", "noise", "introduced/noise", "propagated/noise")
+    rows = (
+        (e.edge, e.begin, e.end, *map(number, (e.noise, e.introduced, e.propagated)))
+        for e in layers
+    )
+    return _table("Layers", headers, rows, 3, 4, 5, spare=("noise",), names=("edge", "from", "to"))
+
+
+MOST_STIMULI = 10
+MOST_SITES = 60
+STREAM = "stream before "
+
+
+def stimuli_table(report: Report) -> Table:
+    """The stimuli whose interaction is beyond noise, the worst first."""
+    headers = ("set", "stimulus", "‖E‖", "‖I‖/‖E‖", "ρ", "‖I‖/noise")
+    limit = report.policy.interaction.max_noise_ratio
+    beyond = [row for row in report.stimuli if not row.noise_ratio <= limit]
+    worst = sorted(beyond, key=lambda row: row.noise_ratio, reverse=True)[:MOST_STIMULI]
+    rows = (
+        (
+            row.stimulus_set,
+            row.stimulus,
+            *map(number, (row.effect, row.ratio)),
+            signed(row.rho),
+            number(row.noise_ratio),
+        )
+        for row in worst
+    )
+    return _table("Interaction by stimulus", headers, rows, 2, 3, 4, 5, spare=("‖E‖",))
+
+
+def sites_table(sites: Iterable[SiteInteraction]) -> Table:
+    """The residual stream, every module that the edit acts in, and whatever is wrong.
+
+    ‖E‖, ‖I‖/‖E‖ and ρ are of the runs as they are, those with "own" of the one module.
+    """
+    headers = ("layer", "site", "‖E‖", "‖I‖/‖E‖", "ρ", "own ‖E‖", "own ‖I‖/‖E‖", "own ρ", "edit")
+    shown = [row for row in sites if row.wrong or row.word or row.site.startswith(STREAM)]
+    shown.sort(key=lambda row: not row.wrong)
+    kept = {row.site for row in shown[:MOST_SITES]}
+    rows = (_site_cells(row) for row in sites if row.site in kept)
+    numeric, names = (2, 3, 4, 5, 6, 7), ("site",)
+    spare = ("own ‖E‖", "‖E‖")
+    return _table("Interaction by layer", headers, rows, *numeric, spare=spare, names=names)
+
+
+def _site_cells(row: SiteInteraction) -> tuple[str, ...]:
+    """No word and no share where the module itself does nothing beyond noise."""
+    acts = bool(row.word)
+    return (
+        "" if row.layer is None else str(row.layer),
+        row.site,
+        *map(number, (row.effect, row.ratio)),
+        signed(row.rho),
+        number(row.own_effect if acts else None),
+        number(row.own_ratio if acts else None),
+        signed(row.own_rho) if acts else number(None),
+        row.word or ("differs" if row.wrong else ""),
+    )
+
+
 def _corners(report: Report) -> Table:
     headers = ("corner", "runtime", "model", "status", "seconds", "peak MiB", "batches")
     named = ((name, report.corners[name]) for name in CORNERS if name in report.corners)
@@ -235,15 +274,22 @@ def mebibytes(count: int) -> float:
 def _policy(report: Report) -> Table:
     policy = report.policy
     rows = [
-        (f"{section}.{name}", number(value))
+        (f"{section}.{name}", value if isinstance(value, str) else number(value))
         for section in ("conversion", "interaction", "preserve")
         for name, value in getattr(policy, section).model_dump().items()
     ]
     for rule in policy.target:
-        for name in ("min_change", "max_change"):
+        for name in ("min_change", "max_change", "confidence"):
             if (value := getattr(rule, name)) is not None:
                 rows.append((f"{rule.set} {rule.metric} {name}", signed(value)))
     return _table("Policy", ("limit", "value"), rows, 1)
+
+
+def _left_out(report: Report) -> Table:
+    """Batches that did not run, or not in full, and why."""
+    said = report.inputs.get("workload", {}).get("left_out")
+    rows = ((name, str(why)) for name, why in said.items()) if isinstance(said, dict) else ()
+    return _table("Left out", ("batch", "why"), rows)
 
 
 def _inputs(report: Report) -> Table:

@@ -14,10 +14,12 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
+from surgery.report.behaviour import TITLES
+from surgery.report.cells import Table
 from surgery.report.model import Report
-from surgery.report.tables import Table, headline, subline, tables
+from surgery.report.tables import headline, subline, tables
 
-BACKGROUND = ("Corners", "Policy", "Inputs", "Environment")
+BACKGROUND = (*TITLES, "Corners", "Policy", "Inputs", "Environment")
 NARROW, WIDE, WIDTH = 80, 160, 120
 GAP = 3
 """Columns between two cells."""
@@ -46,7 +48,7 @@ class Text:
     A table that is too wide first loses its spare columns; a line longer than `width` is the last
     resort, for names and numbers are read whole.
 
-    `brief` leaves out what only a later reader needs: inputs, policy, environment.
+    `brief` leaves out what only a later reader needs: statistics, inputs, policy, environment.
     """
 
     def __init__(self, color: bool = False, width: int = WIDTH, brief: bool = False) -> None:

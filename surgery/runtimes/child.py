@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ import surgery.errors
 from surgery import process
 from surgery.errors import EnvironmentFault, InputError, quote
 from surgery.process import Limits
-from surgery.runtimes.generate import Generated, Generation
-from surgery.runtimes.interface import ModelRef
+from surgery.runtimes.generate import Generated, Generation, RunnerUp
+from surgery.runtimes.interface import FLOAT32, PART, ModelRef, stream_file
 from surgery.stimuli.interface import Batch
 
 __all__ = ["Facts", "Generated", "Generation", "Job", "Limits", "Outcome", "OutputFact", "run"]
@@ -33,7 +33,8 @@ class Job:
 
     output: the output kept at each batch's `selected` positions, by default the task's;
     embedding_rows: rows 0 to this of the token embedding are looked up, `embedding_chunk` at a
-    time; threads: of the runtime, by default `default_threads()`.
+    time; threads: of the runtime, by default `default_threads()`; first: how many batches earlier
+    jobs of the same model have left in `scratch`.
     """
 
     model: ModelRef
@@ -44,6 +45,7 @@ class Job:
     embedding_chunk: int = 4096
     generations: tuple[Generation, ...] = ()
     threads: int | None = None
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,27 @@ class Outcome:
     names: tuple[str, ...] = ()
     result: dict[str, Any] = field(default_factory=dict, repr=False)
 
+    def then(self, later: Outcome) -> Outcome:
+        """This run and a later one of the same model in the same `scratch`, as one.
+
+        Rows of the embedding are the first one's. If the later one did not end well, neither did
+        the whole.
+        """
+        seconds = self.seconds + later.seconds
+        peak = max(self.peak_bytes, later.peak_bytes)
+        if later.status != "ok":
+            return replace(later, seconds=seconds, peak_bytes=peak)
+        result = dict(self._result())
+        for name in ("batches", "generations", "busy"):
+            result[name] = result[name] + later.result[name]
+        names = self.names + later.names
+        return replace(self, seconds=seconds, peak_bytes=peak, names=names, result=result)
+
+    @property
+    def busy(self) -> float:
+        """Seconds spent on batches alone, without starting, loading and all else."""
+        return float(self._result()["busy"])
+
     def raise_bad_input(self) -> None:
         """Raises the child's own `InputError` again, if that is how it ended."""
         if self.kind == "input":
@@ -108,7 +131,18 @@ class Outcome:
     def caches(self, batch_name: str) -> dict[str, NDArray[Any]]:
         """Every kept `present.N.key|value` at `selected`, [n, heads · size], of the dtypes of
         `outputs`. Of a task without a cache there is none."""
-        return self._kept(batch_name, lambda name: name != KEPT)
+        return self._kept(batch_name, lambda name: name not in (KEPT, PART))
+
+    def part(self, batch_name: str) -> NDArray[Any] | None:
+        """What the last part of a streamed graph makes of PyTorch's values, where it was run from
+        them, as `outputs` has its own."""
+        return self._kept(batch_name, lambda name: name == PART).get(PART)
+
+    def stream(self, kind: str, batch_name: str, cut: int) -> NDArray[Any] | None:
+        """The residual stream of a batch at the cut of that number, [batch, length, width], where
+        it was kept; see `streamed.stream_file`."""
+        path = self.scratch / stream_file(kind, self.names.index(batch_name), cut)
+        return np.load(path, allow_pickle=False) if path.exists() else None
 
     def _kept(self, batch_name: str, wanted: Callable[[str], bool]) -> dict[str, NDArray[Any]]:
         problem = self._batch(batch_name)["problem"]
@@ -117,6 +151,12 @@ class Outcome:
         path = self.scratch / kept_file(self.names.index(batch_name))
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files if wanted(name)}
+
+    @property
+    def compute(self) -> str:
+        """The float type the model computed in, as its runtime tells; float32 if it did not end."""
+        found: str = self.result.get("compute", FLOAT32)
+        return found
 
     @property
     def embedding_problem(self) -> str | None:
@@ -134,7 +174,11 @@ class Outcome:
     def generations(self) -> tuple[Generated, ...]:
         """What each requested `Generation` gave, in order."""
         return tuple(
-            Generated(tuple(tuple(row) for row in found["tokens"]), found["nonfinite"])
+            Generated(
+                tuple(tuple(row) for row in found["tokens"]),
+                found["nonfinite"],
+                tuple(tuple(RunnerUp(*one) for one in row) for row in found["runners"]),
+            )
             for found in self._result()["generations"]
         )
 
@@ -154,7 +198,7 @@ def run(job: Job, limits: Limits) -> Outcome:
     if len(set(names)) != len(names):
         raise ValueError("two batches have the same name")
     threads = job.threads or default_threads()
-    for number, batch in enumerate(job.batches):
+    for number, batch in enumerate(job.batches, start=job.first):
         arrays = {name: getattr(batch, name) for name in FIELDS} | {"split": batch.split}
         np.savez(job.scratch / batch_file(number), **arrays)
     ending = process.run("surgery.runtimes.worker", _arguments(job, threads), job.scratch, limits)
@@ -182,8 +226,14 @@ def _arguments(job: Job, threads: int) -> dict[str, Any]:
             "task": model.task,
             "dtype": model.dtype,
             "initializers": str(folder.absolute()) if folder else None,
+            "cuts": [vars(cut) for cut in model.cuts],
+            "given": str(model.given.absolute()) if model.given else None,
+            "attention": model.attention,
+            "stored": model.stored,
+            "level": model.level,
         },
         "scratch": str(job.scratch.absolute()),
+        "first": job.first,
         "batches": len(job.batches),
         "output": job.output,
         "embedding_rows": job.embedding_rows,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,28 +25,54 @@ class Generation:
     eos: tuple[int, ...]
 
 
+class RunnerUp(NamedTuple):
+    """The second choice at one step: its token, how far its logit is behind the first, and the
+    larger size of both logits."""
+
+    token: int
+    gap: float
+    size: float
+
+
 @dataclass(frozen=True)
 class Generated:
-    """The new tokens of each prompt, an end token included.
+    """The new tokens of each prompt, an end token included, and the runner-up of each token.
 
     `nonfinite` counts prompts that stopped early because a logit was NaN or infinite.
     """
 
     tokens: tuple[tuple[int, ...], ...]
     nonfinite: int
+    runners: tuple[tuple[RunnerUp, ...], ...]
 
 
-def generate(runtime: Runtime, request: Generation) -> Generated:
-    """Argmax of the last position's logits, the first index on ties."""
-    if not all(request.prompts):
+def generate(runtime: Runtime, requests: Sequence[Generation]) -> list[Generated]:
+    """Argmax of the last position's logits, the first index on ties; for each request in order."""
+    if not all(prompt for request in requests for prompt in request.prompts):
         raise ValueError("a prompt to continue must hold at least one token")
-    tokens: list[tuple[int, ...]] = []
-    nonfinite = 0
-    for group in _groups(request.prompts):
-        found = _generate_group(runtime, group, request)
-        tokens += found.tokens
-        nonfinite += found.nonfinite
-    return Generated(tuple(tokens), nonfinite)
+    found: dict[tuple[int, int], Generated] = {}
+
+    def run(place: tuple[int, int], group: tuple[tuple[int, ...], ...]) -> None:
+        found[place] = _generate_group(runtime, group, requests[place[0]])
+
+    places = {
+        (number, index): group
+        for number, request in enumerate(requests)
+        for index, group in enumerate(_groups(request.prompts))
+    }
+    runtime.together([partial(run, place, group) for place, group in places.items()])
+    return [
+        _joined([found[place] for place in places if place[0] == number])
+        for number in range(len(requests))
+    ]
+
+
+def _joined(groups: list[Generated]) -> Generated:
+    return Generated(
+        tuple(row for group in groups for row in group.tokens),
+        sum(group.nonfinite for group in groups),
+        tuple(row for group in groups for row in group.runners),
+    )
 
 
 def _groups(prompts: tuple[tuple[int, ...], ...]) -> Iterator[tuple[tuple[int, ...], ...]]:
@@ -56,6 +84,7 @@ def _generate_group(
     runtime: Runtime, prompts: tuple[tuple[int, ...], ...], request: Generation
 ) -> Generated:
     texts = [list(prompt) for prompt in prompts]
+    runners: list[list[RunnerUp]] = [[] for _ in texts]
     active, nonfinite = list(range(len(texts))), 0
     for _ in range(request.max_new_tokens):
         logits = runtime.infer(left_padded([texts[row] for row in active]))["logits"][:, -1, :]
@@ -66,13 +95,21 @@ def _generate_group(
                 continue
             token = int(np.argmax(scores))
             texts[row].append(token)
+            runners[row].append(runner_up(scores, token))
             if token not in request.eos:
                 going.append(row)
         active = going
         if not active:
             break
     new = (text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True))
-    return Generated(tuple(map(tuple, new)), nonfinite)
+    return Generated(tuple(map(tuple, new)), nonfinite, tuple(map(tuple, runners)))
+
+
+def runner_up(scores: NDArray[Any], first: int) -> RunnerUp:
+    """Which of the logits `scores` [vocab] comes next after token `first`."""
+    second = int(np.argmax(np.where(np.arange(len(scores)) == first, -np.inf, scores)))
+    a, b = float(scores[first]), float(scores[second])
+    return RunnerUp(second, a - b, max(abs(a), abs(b)))
 
 
 def left_padded(rows: list[list[int]]) -> dict[str, NDArray[np.int64]]:

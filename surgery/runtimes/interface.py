@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,57 @@ from numpy.typing import NDArray
 Arrays = dict[str, NDArray[Any]]
 IdArrays = Mapping[str, NDArray[np.int64]]
 
+PART = "part"
+"""The output of `infer` that is what the last part of a streamed graph makes of PyTorch's values
+before it."""
+
+STREAM, INTRODUCED = "stream", "introduced"
+
+
+def stream_file(kind: str, batch: int, cut: int) -> str:
+    """Where a batch's residual stream at a cut is kept: the model's own (`STREAM`), or what one
+    part makes of PyTorch's (`INTRODUCED`)."""
+    return f"{kind}-{batch}-{cut}.npy"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a model comes apart: at the residual stream that the norm `role` of `layer` reads,
+    None after the last; `value` is its name in the ONNX graph."""
+
+    value: str
+    role: str
+    layer: int | None
+
+
+FLOAT32 = "float32"
+
 
 @dataclass(frozen=True)
 class ModelRef:
     """A model and how to run it.
 
     runtime: a name of `RUNTIMES`; path: a checkpoint folder for `torch`, an .onnx file for the
-    others; task: a name of `surgery.export.TASKS`; dtype: what `torch` computes in, `float32` or
-    `float64` (the reference); initializers: another folder than the file's own in which the
-    .onnx file's external data lies.
+    others; task: a name of `surgery.export.TASKS`; dtype: what `torch` computes in, `float32`,
+    `float64` (the reference), `float16` or `bfloat16`; initializers: another folder than the
+    file's own in which the .onnx file's external data lies; attention: what `torch` computes
+    attention with, `eager` or `sdpa`, by default the first that the model has of sdpa and eager;
+    stored: a type the weights are rounded to before they are computed with in `dtype`; level: what
+    `onnxruntime` optimises, `disabled`, `basic`, `extended` or `all`; cuts: where a streamed model
+    comes apart, in order; given: a folder of PyTorch's values at the cuts, from which each part of
+    a streamed .onnx file is run too. Streamed models know no `attention`, `stored` or `level`.
     """
 
     runtime: str
     path: Path
     task: str
-    dtype: str = "float32"
+    dtype: str = FLOAT32
     initializers: Path | None = None
+    attention: str | None = None
+    stored: str | None = None
+    level: str = "all"
+    cuts: tuple[Cut, ...] = ()
+    given: Path | None = None
 
 
 class Runtime(ABC):
@@ -49,6 +84,11 @@ class Runtime(ABC):
     def output_names(self) -> tuple[str, ...]:
         """The names of what `infer` returns."""
 
+    @property
+    def compute(self) -> str:
+        """The float type the model computes in."""
+        return self.model.dtype
+
     @abstractmethod
     def infer_impl(self, inputs: IdArrays, split: int) -> Arrays:
         """`infer` without the checks."""
@@ -56,6 +96,15 @@ class Runtime(ABC):
     @abstractmethod
     def embedding(self, ids: NDArray[np.int64]) -> NDArray[Any]:
         """Rows [n, d] of the token embedding for ids [n]: the value right after the lookup."""
+
+    def together(
+        self, tasks: Sequence[Callable[[], None]], streams: Path | None = None, first: int = 0
+    ) -> None:
+        """Runs tasks that call `infer`; a streamed model reads its weights once for all of them,
+        and keeps in the folder `streams` what crosses its cuts, by the number of the task, which
+        begin with `first`."""
+        for task in tasks:
+            task()
 
     def infer(self, inputs: IdArrays, split: int = 0) -> Arrays:
         """Every output by name, for int64 [batch, length] inputs of one shape.

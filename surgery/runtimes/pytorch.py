@@ -1,4 +1,4 @@
-"""PyTorch through transformers, in float32, or in float64 as the reference."""
+"""PyTorch through transformers, in float32, in float64 as the reference, or in a narrower type."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from surgery.export.quiet import quiet
 from surgery.export.tasks import find_task
 from surgery.runtimes.interface import Arrays, IdArrays, ModelRef, Runtime
 
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+
 
 class TorchRuntime(Runtime):
     """A checkpoint folder on the CPU.
@@ -26,16 +28,22 @@ class TorchRuntime(Runtime):
     def __init__(self, model: ModelRef, threads: int) -> None:
         super().__init__(model, threads)
         self._task = find_task(model.task)
-        if model.dtype not in ("float32", "float64"):
-            raise ValueError(f"torch computes in float32 or float64, not {model.dtype}")
-        self.live = load_model(model.path, self._task, model.dtype)
+        if model.dtype not in DTYPES:
+            raise ValueError(f"torch computes in {', '.join(DTYPES)}, not {model.dtype}")
         with quiet():
             import torch
 
         torch.set_num_threads(threads)
         self._torch = torch
+        self.live = self._load()
         if model.dtype == "float64":
             self.live.double()
+        if model.stored:
+            self.live.to(getattr(torch, model.dtype))
+
+    def _load(self) -> Any:
+        stored = self.model.stored or self.model.dtype
+        return load_model(self.model.path, self._task, stored, self.model.attention)
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -55,22 +63,31 @@ class TorchRuntime(Runtime):
     def infer_impl(self, inputs: IdArrays, split: int) -> Arrays:
         feed = {name: self._torch.from_numpy(inputs[name]) for name in self.input_names}
         options = {"use_cache": self._task.cache} if self._task.causal else {}
-        with quiet(), self._torch.no_grad(), self._precision():
+        with self._quiet(), self._torch.no_grad(), self._precision():
             result = self.live(**feed, **options)
-        outputs = {name: result[name].numpy() for name in (self._task.output, *self._pooled)}
+        outputs = {name: result[name] for name in (self._task.output, *self._pooled)}
         if self._task.cache:
             for number, layer in enumerate(result.past_key_values.layers):
-                outputs[f"present.{number}.key"] = layer.keys.numpy()
-                outputs[f"present.{number}.value"] = layer.values.numpy()
-        return outputs
+                outputs[f"present.{number}.key"] = layer.keys
+                outputs[f"present.{number}.value"] = layer.values
+        return {name: self._array(value) for name, value in outputs.items()}
+
+    def _array(self, value: Any) -> NDArray[Any]:
+        """As numpy's array: bfloat16, which numpy has not, as float32."""
+        wide = value.float() if value.dtype == self._torch.bfloat16 else value
+        array: NDArray[Any] = wide.numpy()
+        return array
 
     def embedding(self, ids: NDArray[np.int64]) -> NDArray[Any]:
         weight = self.live.get_input_embeddings().weight
         rows: NDArray[Any] = weight.detach()[self._torch.from_numpy(ids)].numpy()
         return rows
 
+    def _quiet(self) -> AbstractContextManager[None]:
+        return quiet()
+
     def _precision(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.model.dtype == "float32" else widen(self._torch)
+        return widen(self._torch) if self.model.dtype == "float64" else nullcontext()
 
 
 def widen(torch: Any) -> AbstractContextManager[Any]:

@@ -13,6 +13,8 @@ from onnx.reference.op_run import OpRun
 from surgery.export import onnxfile
 from surgery.export.tasks import find_task
 from surgery.runtimes import graph
+from surgery.runtimes.attention import ATTENTION
+from surgery.runtimes.contrib import CONTRIB
 from surgery.runtimes.interface import Arrays, IdArrays, ModelRef, Runtime
 
 
@@ -26,32 +28,16 @@ class GatherElements(OpRun):  # type: ignore[misc]
         return (np.take_along_axis(data[reach], indices, axis=own),)
 
 
-class FusedMatMul(OpRun):  # type: ignore[misc]
-    """`com.microsoft::FusedMatMul` without batch transposition: alpha · A′B′, each transposed or
-    not along its last two axes (onnxruntime, docs/ContribOperators.md)."""
-
-    op_domain = "com.microsoft"
-
-    def _run(
-        self,
-        a: Any,
-        b: Any,
-        alpha: float = 1.0,
-        transA: int = 0,  # noqa: N803 - the operator's attribute
-        transB: int = 0,  # noqa: N803 - the operator's attribute
-        transBatchA: int = 0,  # noqa: N803 - the operator's attribute
-        transBatchB: int = 0,  # noqa: N803 - the operator's attribute
-    ) -> tuple[NDArray[Any]]:
-        if transBatchA or transBatchB:
-            raise NotImplementedError("FusedMatMul with transposed batches")
-        left = np.swapaxes(a, -1, -2) if transA else a
-        right = np.swapaxes(b, -1, -2) if transB else b
-        return (np.asarray(np.matmul(left, right) * np.asarray(alpha, a.dtype)),)
-
-
 def evaluator(model: Any) -> ReferenceEvaluator:
-    """The package's evaluator of a ModelProto, with the operators it lacks."""
-    return ReferenceEvaluator(model, new_ops=[GatherElements, FusedMatMul])
+    """The package's evaluator of a ModelProto, with the operators it lacks.
+
+    Outputs that nobody reads are given names: the evaluator would keep one without a name as what
+    an input that is left out has.
+    """
+    for index, node in enumerate(model.graph.node):
+        named = enumerate(node.output)
+        node.output[:] = [name or f"unread/{index}.{number}" for number, name in named]
+    return ReferenceEvaluator(model, new_ops=[GatherElements, *CONTRIB, *ATTENTION])
 
 
 class ReferenceRuntime(Runtime):

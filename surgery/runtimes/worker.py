@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from surgery.runtimes import RUNTIMES
 from surgery.runtimes.child import KEPT, batch_file, kept_file
 from surgery.runtimes.generate import Generation, generate
 from surgery.runtimes.graph import PRESENT
-from surgery.runtimes.interface import Arrays, ModelRef, Runtime
+from surgery.runtimes.interface import PART, Arrays, Cut, ModelRef, Runtime
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
@@ -24,23 +26,37 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     runtime = _load(job["model"], job["threads"])
     scratch = Path(job["scratch"])
     output = job["output"] or find_task(runtime.model.task).output
-    batches = [_run_batch(runtime, scratch, number, output) for number in range(job["batches"])]
+    first, started = job["first"], time.monotonic()
+    batches: dict[int, Any] = dict.fromkeys(range(first, first + job["batches"]))
+
+    def batch(number: int) -> None:
+        batches[number] = _run_batch(runtime, scratch, number, output)
+
+    runtime.together([partial(batch, number) for number in batches], scratch, first)
+    busy = time.monotonic() - started
     # Without its output a model cannot be continued; the batches say so already.
-    able = not any(batch["problem"] for batch in batches)
-    generations = [_generate(runtime, request, able) for request in job["generations"]]
+    able = not any(found["problem"] for found in batches.values())
+    generations = _generate(runtime, job["generations"], able)
     problem = _embed(runtime, scratch / "embedding.npy", job)
-    return {"batches": batches, "generations": generations, "embedding_problem": problem}
+    return {
+        "batches": list(batches.values()),
+        "generations": generations,
+        "embedding_problem": problem,
+        "compute": runtime.compute,
+        "busy": busy,
+    }
 
 
 def _load(fields: dict[str, Any], threads: int) -> Runtime:
     folder = fields["initializers"]
-    model = ModelRef(
-        fields["runtime"],
-        Path(fields["path"]),
-        fields["task"],
-        fields["dtype"],
-        Path(folder) if folder else None,
-    )
+    given = fields["given"]
+    own = {
+        "path": Path(fields["path"]),
+        "initializers": Path(folder) if folder else None,
+        "cuts": tuple(Cut(**cut) for cut in fields["cuts"]),
+        "given": Path(given) if given else None,
+    }
+    model = ModelRef(**{**fields, **own})
     return RUNTIMES[model.runtime](model, threads)
 
 
@@ -53,7 +69,11 @@ def _run_batch(runtime: Runtime, scratch: Path, number: int, output: str) -> dic
     problem = _problem(outputs, output, mask.shape, task.rows)
     if problem is None:
         row, column = selected.T
-        kept = {KEPT: outputs[output][row] if task.rows else outputs[output][row, column]}
+        kept = {
+            name: outputs[source][row] if task.rows else outputs[source][row, column]
+            for name, source in ((KEPT, output), (PART, PART))
+            if source in outputs
+        }
         if task.cache:
             kept |= {name: outputs[name][row, :, column] for name in _caches(outputs, mask.shape)}
         if task.pooled in outputs and outputs[task.pooled].shape[:1] == mask.shape[:1]:
@@ -68,9 +88,10 @@ def _run_batch(runtime: Runtime, scratch: Path, number: int, output: str) -> dic
             "dtype": str(array.dtype),
             "shape": list(array.shape),
             "nonfinite": count_nonfinite(array, mask),
-            "padded": count_nonfinite(array, 1 - mask),
+            "padded": count_nonfinite(array, padding(mask)),
         }
         for name, array in outputs.items()
+        if name != PART
     ]
     return {"outputs": facts, "problem": problem}
 
@@ -100,7 +121,7 @@ def count_nonfinite(array: NDArray[Any], mask: NDArray[np.int64]) -> int:
     """NaN and infinite values at positions with mask 1.
 
     The end of axis 2 is the length in a cache [batch, heads, length, size], else axis 1 in
-    [batch, length, …]; of outputs with neither, every element counts.
+    [batch, length, …]; of [batch, size] rows with such a position count, of others every element.
     """
     if array.dtype.kind not in "fc":
         return 0
@@ -110,16 +131,29 @@ def count_nonfinite(array: NDArray[Any], mask: NDArray[np.int64]) -> int:
         bad = bad[:, :, array.shape[2] - mask.shape[1] :].swapaxes(1, 2)[real]
     elif array.shape[:2] == mask.shape:
         bad = bad[real]
+    elif array.ndim == 2 and len(array) == len(mask):
+        bad = bad[real.any(axis=1)]
     return int(bad.sum())
 
 
-def _generate(runtime: Runtime, request: dict[str, Any], able: bool) -> dict[str, Any]:
-    prompts = tuple(tuple(prompt) for prompt in request["prompts"])
+def padding(mask: NDArray[np.int64]) -> NDArray[np.int64]:
+    """1 where a row that has real positions is padded.
+
+    A row of nothing else is left out: its tokens may attend to none, and no two runtimes need
+    agree about the mean of nothing. Fused kernels give 0, a mask of minus infinity NaN.
+    """
+    return np.asarray((1 - mask) * mask.any(axis=1, keepdims=True), np.int64)
+
+
+def _generate(runtime: Runtime, requests: list[dict[str, Any]], able: bool) -> list[dict[str, Any]]:
+    wanted = [
+        Generation(tuple(map(tuple, own["prompts"])), own["max_new_tokens"], tuple(own["eos"]))
+        for own in requests
+    ]
     if not able:
-        return {"tokens": [() for _ in prompts], "nonfinite": 0}
-    wanted = Generation(prompts, request["max_new_tokens"], tuple(request["eos"]))
-    found = generate(runtime, wanted)
-    return {"tokens": found.tokens, "nonfinite": found.nonfinite}
+        nothing = [[() for _ in own.prompts] for own in wanted]
+        return [{"tokens": rows, "nonfinite": 0, "runners": rows} for rows in nothing]
+    return [vars(found) for found in generate(runtime, wanted)]
 
 
 def _embed(runtime: Runtime, path: Path, job: dict[str, Any]) -> str | None:

@@ -1,11 +1,15 @@
-"""Rectangular batches: prompts padded left, and seeded probes of shapes no trace has seen."""
+"""Rectangular batches: prompts padded left, and seeded probes of shapes no trace has seen.
+
+A probe's padding is on one side, `holes` between real tokens, or a `masked row`: a row of nothing
+but padding, beside others that it must leave alone.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +23,8 @@ BATCH_BYTES = 256 << 20
 """Largest output of one batch; a large vocabulary makes batches of fewer rows."""
 
 Side = Literal["left", "right"]
-Padding = Literal["none", "left", "right"]
+Padding = Literal["none", "left", "right", "holes", "masked row"]
+KINDS: tuple[Padding, ...] = get_args(Padding)
 
 PROBES: tuple[tuple[str, int, int, Padding], ...] = (
     ("batch 1, length 1", 1, 1, "none"),
@@ -27,6 +32,8 @@ PROBES: tuple[tuple[str, int, int, Padding], ...] = (
     ("batch 5, length 13", 5, 13, "none"),
     ("batch 3, left padding", 3, 17, "left"),
     ("batch 3, right padding", 3, 17, "right"),
+    ("batch 3, holes", 3, 11, "holes"),
+    ("batch 3, a masked row", 3, 7, "masked row"),
 )
 """Name, rows, columns and padding of each seeded probe; none has the shape that is traced."""
 
@@ -36,6 +43,7 @@ CACHES: tuple[tuple[str, int, int, int, Padding], ...] = (
     ("cache of 5, then 4", 3, 5, 4, "none"),
     ("left padding, cache of 16, then 1", 3, 16, 1, "left"),
     ("left padding, cache of 13, then 4", 3, 13, 4, "left"),
+    ("holes, cache of 9, then 2", 3, 9, 2, "holes"),
 )
 """Name, rows, columns that fill the cache, columns that follow, and padding, for graphs with a
 cache; every row has real tokens in its cache."""
@@ -72,12 +80,8 @@ def probe_batches(vocab: int, positions: int, seed: int) -> Iterator[Batch]:
     long: tuple[str, int, int, Padding] = (f"batch 1, length {longest}", 1, longest, "none")
     shapes = PROBES if long in PROBES else (*PROBES, long)
     for title, rows, columns, padding in shapes:
-        columns = min(columns, positions)
-        lengths = _lengths(rows, columns, padding)
-        ids = [tuple(generator.integers(0, vocab, n).tolist()) for n in lengths]
-        side: Side = "right" if padding == "right" else "left"
-        names = tuple(f"{title}, row {row}" for row in range(rows))
-        yield pad(f"probe/{title}", "probe", ids, side, names)
+        mask = mask_of(rows, min(columns, positions), padding)
+        yield drawn(title, mask, vocab, generator)
 
 
 def position_batches(vocab: int, positions: int, seed: int) -> Iterator[Batch]:
@@ -106,16 +110,30 @@ def cache_batches(vocab: int, positions: int, seed: int) -> Iterator[Batch]:
     for title, rows, cached, following, padding in shapes:
         columns = cached + following
         if cached and columns <= positions:
-            lengths = _lengths(rows, columns, padding)
-            ids = [tuple(generator.integers(0, vocab, n).tolist()) for n in lengths]
-            names = tuple(f"{title}, row {row}" for row in range(rows))
-            yield replace(pad(f"probe/{title}", "probe", ids, "left", names), split=cached)
+            batch = drawn(title, mask_of(rows, columns, padding), vocab, generator)
+            yield replace(batch, split=cached)
 
 
-def _lengths(rows: int, columns: int, padding: Padding) -> list[int]:
-    if padding == "none":
-        return [columns] * rows
-    return [max(1, columns - row * (columns // rows)) for row in range(rows)]
+def drawn(title: str, mask: NDArray[np.int64], vocab: int, generator: np.random.Generator) -> Batch:
+    """A probe of random tokens where `mask` is 1."""
+    ids = [tuple(generator.integers(0, vocab, n).tolist()) for n in mask.sum(axis=1)]
+    names = tuple(f"{title}, row {row}" for row in range(len(mask)))
+    return fill(f"probe/{title}", "probe", ids, mask, names)
+
+
+def mask_of(rows: int, columns: int, padding: Padding) -> NDArray[np.int64]:
+    """int64 [rows, columns]; the first row is never padded. Row n has a hole at every (n+1)th
+    column, from the first on; of a masked row's neighbours the last is padded left too."""
+    mask = np.ones((rows, columns), np.int64)
+    for row in range(1, rows):
+        if padding == "holes":
+            mask[row, :: row + 1] = 0
+        elif padding == "masked row":
+            mask[row, : columns if row == 1 else columns // rows] = 0
+        elif padding != "none":
+            short = min(row * (columns // rows), columns - 1)
+            mask[row, slice(0, short) if padding == "left" else slice(columns - short, None)] = 0
+    return mask
 
 
 def pad(
@@ -125,16 +143,27 @@ def pad(
     side: Side,
     rows: tuple[str, ...],
 ) -> Batch:
-    """`ids` as one batch padded with token 0 on `side`; every real position selected.
+    """`ids` as one batch padded with token 0 on `side`; every real position selected."""
+    lengths = np.array([[len(row)] for row in ids])
+    columns = np.arange(lengths.max())
+    real = columns >= lengths.max() - lengths if side == "left" else columns < lengths
+    return fill(name, stimulus_set, ids, real.astype(np.int64), rows)
+
+
+def fill(
+    name: str,
+    stimulus_set: str,
+    ids: Sequence[tuple[int, ...]],
+    mask: NDArray[np.int64],
+    rows: tuple[str, ...],
+) -> Batch:
+    """The tokens `ids` of each row in the columns where `mask`, int64 [batch, length], is 1, and
+    token 0 elsewhere; every real position selected.
 
     Positions count real tokens from 0 (`cumsum(mask) - 1`, as `generate` does); padding gets 0.
     """
-    length = max(len(row) for row in ids)
-    tokens = np.zeros((len(ids), length), np.int64)
-    mask = np.zeros((len(ids), length), np.int64)
-    for row, own in enumerate(ids):
-        span = slice(length - len(own), length) if side == "left" else slice(0, len(own))
-        tokens[row, span], mask[row, span] = own, 1
+    tokens = np.zeros_like(mask)
+    tokens[mask == 1] = [token for row in ids for token in row]
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0) * mask
     return Batch(name, stimulus_set, tokens, mask, positions, np.argwhere(mask == 1), rows)
 

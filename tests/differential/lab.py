@@ -62,7 +62,7 @@ class Lab:
         return self.diff(case, **{**own, **given})
 
 
-LOCALISED = ("localize", "translate", "optimise", "kernel")
+LOCALISED = ("localize", "capture", "translate", "optimise", "kernel")
 """The stages of what a localisation adds to a conversion that failed; it has its own tests."""
 
 

@@ -238,6 +238,36 @@ def nan_at_padding(model: ModelProto) -> None:
     _times_mask_over_itself(model, ("Unsqueeze", {}), np.array([2], np.int64))
 
 
+def nan_in_masked_rows(model: ModelProto, spread: bool = False) -> None:
+    """0 / 0 in rows of nothing but padding; or, `spread`, in every row of a batch that has one."""
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1]), "mask.axis"))
+    _prepend(
+        model,
+        helper.make_node("Cast", ["attention_mask"], ["mask.float"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMax", ["mask.float", "mask.axis"], ["mask.rows"]),
+        helper.make_node("ReduceMin", ["mask.rows"], ["mask.least"], keepdims=1),
+        helper.make_node("Unsqueeze", ["mask.rows", "mask.axis"], ["mask.each"]),
+        helper.make_node("Unsqueeze", ["mask.least", "mask.axis"], ["mask.all"]),
+        helper.make_node("Div", *[["mask.all" if spread else "mask.each"] * 2], ["mask.ratio"]),
+    )
+    _append(model, "Mul", "mask.ratio")
+
+
+def fill_holes(model: ModelProto) -> None:
+    """A mask of ones from the first real token to the last: right for padding on either side."""
+    for name, value in (("mask.axis", 1), ("mask.zero", 0)):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(value), name))
+    _redirect(model, "attention_mask", "mask.filled")
+    _prepend(
+        model,
+        helper.make_node("CumSum", ["attention_mask", "mask.axis"], ["mask.fore"]),
+        helper.make_node("CumSum", ["attention_mask", "mask.axis"], ["mask.back"], reverse=1),
+        helper.make_node("Mul", ["mask.fore", "mask.back"], ["mask.product"]),
+        helper.make_node("Greater", ["mask.product", "mask.zero"], ["mask.real"]),
+        helper.make_node("Cast", ["mask.real"], ["mask.filled"], to=TensorProto.INT64),
+    )
+
+
 def _times_mask_over_itself(
     model: ModelProto, shaped: tuple[str, dict[str, Any]], *arguments: Array
 ) -> None:

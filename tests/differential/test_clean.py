@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from models import FAMILIES
 
 from surgery import pipeline
 from surgery.checkpoint import Checkpoint
+from surgery.evidence import PAIRS
+from surgery.policy import load_policy
 
 MODELS = [*((family, "float32") for family in FAMILIES), ("llama", "bfloat16")]
 
@@ -42,7 +45,8 @@ def test_what_is_compared_is_counted(lab: Lab) -> None:
     """Every real position of prompts and probes, every logit, every embedding row."""
     evidence = lab.diff(lab.case("llama")).evidence()
     [row] = evidence.conversion
-    prompts, probes = 21, 1 + 5 + 5 * 13 + 2 * (17 + 12 + 7) + 64
+    holes, masked_row = 11 + 5 + 7, 7 + 0 + 5
+    prompts, probes = 21, 1 + 5 + 5 * 13 + 2 * (17 + 12 + 7) + holes + masked_row + 64
     assert row.positions == evidence.compared == prompts + probes
     assert row.elements == row.positions * 200
     assert evidence.covered_rows == 200
@@ -74,3 +78,42 @@ def test_children_come_to_the_same_numbers_as_this_process(lab: Lab) -> None:
     measured = [r.evidence().conversion[0] for r in (report, here)]
     np.testing.assert_allclose(*(row.noise_l2 for row in measured), rtol=0.2)
     np.testing.assert_allclose(*(row.ratio_l2 for row in measured), rtol=0.2)
+
+
+def test_a_run_measures_every_pair_on_every_set_and_judges_with_confidence(
+    lab: Lab, tmp_path: Path
+) -> None:
+    generator = np.random.default_rng(0)
+    lines = [
+        {
+            "id": f"{name} {n}",
+            "set": name,
+            "input_ids": generator.integers(1, 190, 4 + n % 3).tolist(),
+        }
+        for name in ("target", "preserve")
+        for n in range(9)
+    ]
+    stimuli = tmp_path / "stimuli.jsonl"
+    stimuli.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    policy = tmp_path / "policy.yaml"
+    rule = "{metric: nll, min_change: -9, max_change: 9, confidence: 0.9}"
+    policy.write_text(
+        "schema: 1\npreserve: {max_kl: 9, max_real_flip_rate: 1, max_log_ratio: 9, confidence: 0.9}"
+        f"\ntarget: [{rule}]\n"
+    )
+    report = lab.diff_edited(lab.case("gpt2"), stimuli=[stimuli], policy=load_policy(policy))
+    assert report.verdict == "pass", report.findings
+    rows = {(row.stimulus_set, row.pair): row for row in report.divergence}
+    assert set(rows) == {(s, p) for s in ("target", "preserve", "probe") for p in PAIRS}
+    assert {i.confidence for i in report.intervals} == {0.9, 0.95, 0.99}
+    for drift in report.drift:
+        row = rows[drift.stimulus_set, drift.runtime]
+        assert row.kl["mean"] == pytest.approx(drift.kl)
+        assert row.flips / row.positions == pytest.approx(drift.flip_rate)
+    for (_, pair), row in rows.items():
+        if pair.startswith("C"):
+            assert row.kl["min"] >= 0 and row.kl["max"] < 1e-9
+            assert abs(row.perplexity["log_ratio"]) < 1e-5
+            assert row.flips == row.near_ties, "a clean conversion turns nothing but ties"
+        else:
+            assert row.kl["mean"] > 1e-6

@@ -294,6 +294,7 @@ WHOLE: dict[str, tuple[Defect, str, str]] = {
 }
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("defect", WHOLE)
 def test_defects_are_found_through_children_too(lab: Lab, plant: Plant, defect: str) -> None:
     change, stage, symptom = WHOLE[defect]

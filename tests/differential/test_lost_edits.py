@@ -14,8 +14,12 @@ from differential import mutants
 from differential.lab import Lab, finding, found, measured
 from models import FAMILIES
 
+from surgery.differential import Pair
 from surgery.export import default_task
+from surgery.export.lineage import trace
 from surgery.gate import RHO_NAMES
+from surgery.localize.edits import EditShares
+from surgery.report import Report
 
 Plant = Callable[..., Path]
 
@@ -42,6 +46,13 @@ def hide(model: onnx.ModelProto, names: list[str]) -> None:
         mutants.reverse_rows(model, name, f"onnx::MatMul_{number}")
 
 
+def assert_told(report: Report, what: str) -> None:
+    """Lineage says of every tensor what became of the edit."""
+    told = [f.message for f in report.findings if f.stage == "lineage"]
+    assert told
+    assert all(f": {what}; export" in message for message in told), told
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_lost_edit_is_named_by_lineage_and_by_the_interaction(lab: Lab, family: str) -> None:
     """The edited ONNX file is the original's."""
@@ -50,6 +61,7 @@ def test_a_lost_edit_is_named_by_lineage_and_by_the_interaction(lab: Lab, family
     prefix = "bert." if family == "bert" else ""
     stale = {f.site for f in report.findings if f.stage == "lineage"}
     assert stale == {f"R_e/{prefix}{name}" for name in edited_names(case)}
+    assert_told(report, "the edit was lost")
     named = finding(report, "interaction", "the edit was lost")
     assert named.site == f"target/{default_task(case.model).output}"
     assert finding(report, "conversion", "wrong value").site.startswith("C_e/")
@@ -84,14 +96,34 @@ def test_an_edit_applied_half_or_twice_is_named(
     named = finding(report, "interaction", RHO_NAMES[rho])
     assert named.site == "target/last_hidden_state"
     assert ("lineage" in {stage for stage, _ in found(report)}) is not hidden
+    if not hidden:
+        assert_told(report, RHO_NAMES[rho])
+
+
+@pytest.mark.parametrize("times", [0.0, 0.3, 2.0, -1.0])
+def test_the_share_of_an_edit_is_measured_in_each_tensor(
+    lab: Lab, plant: Plant, times: float
+) -> None:
+    case = lab.case("bert")
+    first, *others = edited_names(case)
+    path = plant(case.edited_onnx, partial(apply_times, case=case, times=times, names=[first]))
+    original, edited = Pair(case.model, case.onnx), Pair(case.edited, path)
+    shares = EditShares(original, edited, trace(path, case.edited))
+    held = {t.name.removesuffix(".T"): t.name for t in onnx.load(str(path)).graph.initializer}
+    assert shares.share(held[first]) == pytest.approx(times, abs=1e-5)
+    assert [shares.share(held[name]) for name in others] == [pytest.approx(1.0)] * len(others)
+    changed = plant(path, partial(mutants.change, name=first, how=np.flip))
+    damaged = EditShares(original, Pair(case.edited, changed), trace(changed, case.edited))
+    assert damaged.share(held[first]) is None
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
 @pytest.mark.parametrize("times", [0.5, 2.0])
-def test_where_the_effect_is_far_from_linear_it_is_found_if_not_named(
+def test_where_the_effect_is_far_from_linear_it_is_named_all_the_same(
     lab: Lab, plant: Plant, family: str, times: float
 ) -> None:
-    """Twice an edit this large does not have twice its effect: rho is then between the names."""
+    """Twice an edit this large does not have twice its effect: rho is then between the names, and
+    the graph is held to the model that has twice the edit."""
     case = lab.case(family)
     names = edited_names(case)
     change = partial(apply_times, case=case, times=times, names=names)
@@ -99,6 +131,7 @@ def test_where_the_effect_is_far_from_linear_it_is_found_if_not_named(
     report = lab.diff_edited(case, edited_onnx=path)
     stages = {f.stage for f in measured(report)}
     assert (report.verdict, stages) == ("fail", {"conversion", "interaction"})
+    assert finding(report, "interaction", RHO_NAMES[times - 1])
 
 
 def test_one_stale_tensor_among_the_edited_is_named_and_no_other(lab: Lab, plant: Plant) -> None:
@@ -108,6 +141,7 @@ def test_one_stale_tensor_among_the_edited_is_named_and_no_other(lab: Lab, plant
     report = lab.diff_edited(case, edited_onnx=plant(case.edited_onnx, change))
     stale = [f.site for f in report.findings if f.stage == "lineage"]
     assert stale == [f"R_e/{name}"]
+    assert_told(report, "the edit was lost")
     assert finding(report, "conversion", "wrong value").site.startswith("C_e/")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from surgery.export import find_task
 from surgery.gate import judge
 from surgery.policy import BUILT_IN
 from surgery.runtimes.child import Outcome
+from surgery.stimuli.extra import Space
 
-NOTHING = Workload((), (), (), (), (), None, vocab=0, seed=0)
+NOTHING = Workload((), (), (), (), (), None, Space(0, 0, late=True, cache=False, seed=0))
 ANSWER = {"batches": [], "generations": [], "embedding_problem": "none asked for"}
 
 
@@ -29,8 +31,9 @@ def evidence(corners: dict[str, Outcome], references: dict[str, Outcome]) -> Evi
 
 
 def test_a_response_cut_short_by_nan_is_a_fault() -> None:
-    cut = outcome(generations=[{"tokens": [[5], []], "nonfinite": 1}])
-    [fault] = evidence({"R_o": cut}, {}).faults
+    cut = outcome(generations=[{"tokens": [[5], []], "nonfinite": 1, "runners": [[], []]}])
+    workload = replace(NOTHING, responders=(("a", "b"),))
+    [fault] = compare(Ran({"R_o": cut}, {}), workload, find_task("causal-lm")).faults
     assert (fault.stage, fault.symptom, fault.site) == ("run", "nan", "R_o/generation")
 
 

@@ -164,7 +164,7 @@ def test_a_linked_export_is_proven_without_reading_a_number(
         raise AssertionError("numbers were compared")
 
     export = ranges(zoo, family)
-    monkeypatch.setattr(import_module("surgery.export.lineage.trace"), "equals", read)
+    monkeypatch.setattr(import_module("surgery.export.lineage.tracer"), "equals", read)
     found = quick(export.path, export.path.parent)
     assert found.ok
     assert {row.name: row.tensors[0] for row in found.rows if row.status == "proven"} == {

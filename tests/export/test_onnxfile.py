@@ -167,6 +167,20 @@ def test_functions_of_the_model_are_known_operators(tmp_path: Path) -> None:
     assert "'z' of node 'Identity' is made nowhere" in refusal(save(proto, tmp_path / "m.onnx"))
 
 
+def test_a_file_that_onnxruntime_saved_is_read(tmp_path: Path) -> None:
+    """It declares every domain that ONNX Runtime knows; no node may be of one all the same."""
+    import onnxruntime
+
+    options, path = onnxruntime.SessionOptions(), tmp_path / "saved.onnx"
+    options.optimized_model_filepath, options.log_severity_level = str(path), 3
+    data = save(lookup(), tmp_path / "m.onnx").read_bytes()
+    onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    proto = onnxfile.read(path)
+    assert "com.microsoft.nchwc" in {opset.domain for opset in proto.opset_import}
+    proto.graph.node[0].domain = "com.microsoft.nchwc"
+    assert "unknown operator" in refusal(save(proto, tmp_path / "n.onnx"))
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [

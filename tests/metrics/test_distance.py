@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from surgery.metrics.distance import HALF_ULP, ConversionSums, InteractionSums, Spread, divide
+from surgery.metrics.distance import HALF_ULP, ConversionSums, InteractionSums, Spread
+from surgery.metrics.ratio import divide
 
 N, V = 12, 5
 

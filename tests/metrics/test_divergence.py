@@ -35,6 +35,22 @@ def test_kl_is_the_sum_of_its_definition() -> None:
     assert kl_divergence(np.log(p)[None], np.log(q)[None]) == pytest.approx([expected])
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e-7, 1e-5, 1e-3, 0.3])
+def test_tiny_divergences_are_exact_and_never_negative(size: float) -> None:
+    """Against long doubles, where the plain sum p (log p - log q) has digits to spare."""
+    generator = np.random.default_rng(0)
+    p = generator.normal(0, 5, (50, 300))
+    q = p + size * generator.normal(size=p.shape)
+    log_p, log_q = (np.asarray(x, np.longdouble) for x in (p, q))
+    log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
+    log_q -= np.log(np.exp(log_q).sum(axis=1, keepdims=True))
+    d = log_p - log_q
+    expected = (np.exp(log_p) * (d + np.expm1(-d))).sum(axis=1).astype(np.float64)
+    found = kl_divergence(p, q)
+    assert (found >= 0).all()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=0)
+
+
 @given(logits)
 def test_probabilities_sum_to_one(p: Array) -> None:
     assert np.exp(log_probabilities(p)).sum(axis=1) == pytest.approx(np.ones(N))

@@ -154,3 +154,11 @@ def test_judging_a_report_imports_nothing_heavy() -> None:
     code = f"import sys, surgery.report, surgery.gate; print({heavy} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout == "set()\n"
+
+
+def test_issues_that_the_findings_do_not_say_are_refused(tmp_path: Path) -> None:
+    data = json.loads(report(edit_lost()).dump())
+    assert data["issues"][0]["fingerprint"]
+    data["issues"] = data["issues"][1:]
+    with pytest.raises(ReportError, match="its issues are not what its findings say"):
+        load_report(saved(tmp_path, json.dumps(data)))

@@ -7,16 +7,18 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import EnvironmentFault, OnnxError
 from surgery.runtimes import RUNTIMES, ModelRef
 from surgery.runtimes.child import Generation, Job, Limits, Outcome, run
-from surgery.runtimes.worker import count_nonfinite
+from surgery.runtimes.worker import count_nonfinite, padding
 from surgery.stimuli.interface import Batch
 from tests.batches import BATCHES
 from tests.models import Zoo
@@ -80,7 +82,10 @@ def test_torch_onnx_and_the_reference_meet_through_their_children(zoo: Zoo, tmp_
             assert 0 < np.abs(found[name].outputs(batch.name) - exact).max() < 5e-6
     for outcome in found.values():
         np.testing.assert_array_equal(outcome.embedding(), table)
-        assert outcome.generations() == found["single"].generations()
+        made, expected = (o.generations()[0] for o in (outcome, found["single"]))
+        assert (made.tokens, made.nonfinite) == (expected.tokens, expected.nonfinite)
+        for runners, others in zip(made.runners, expected.runners, strict=True):
+            np.testing.assert_allclose(runners, others, rtol=1e-4, atol=1e-6)
     assert found["single"].generations()[0].tokens == one_by_one(refs["single"], request)
 
 
@@ -111,7 +116,11 @@ def test_generation_stops_at_an_end_token_and_takes_the_first_of_equals(tmp_path
     path = save(lookup(table=following), tmp_path / "m.onnx")
     request = Generation(((1,), (9, 3), (4,)), 4, (4,))
     outcome = run_onnx(path, tmp_path / "s", batches=(), generations=(request,))
-    assert outcome.generations()[0].tokens == ((2, 3, 4), (4,), (5, 0, 1, 2))
+    made = outcome.generations()[0]
+    assert made.tokens == ((2, 3, 4), (4,), (5, 0, 1, 2))
+    # All others are equal, so the first of them is the runner-up; after token 5 it is token 1.
+    assert made.runners[0] == ((0, 1.0, 1.0), (0, 1.0, 1.0), (0, 1.0, 1.0))
+    assert made.runners[2][1] == (1, 0.0, 1.0)
 
 
 def test_an_infinite_loop_is_killed_at_the_time_limit(tmp_path: Path) -> None:
@@ -192,6 +201,21 @@ def test_values_of_a_cache_are_counted_along_its_length() -> None:
     cache, mask = np.zeros((2, 3, 3, 4), np.float32), np.array([[0, 1, 1], [1, 1, 1]])
     cache[0, :, 0], cache[1, 0, 2, 3] = np.nan, np.inf
     assert (count_nonfinite(cache, mask), count_nonfinite(cache, 1 - mask)) == (1, 12)
+
+
+def test_a_row_of_padding_alone_is_not_counted() -> None:
+    """Nothing says what a runtime gives for a row that may attend to nothing."""
+    mask = np.array([[0, 1, 1], [0, 0, 0]])
+    batch, pooled = np.zeros((2, 3, 4), np.float32), np.zeros((2, 5), np.float32)
+    batch[1], pooled[1], batch[0, 0, 0] = np.nan, np.nan, np.nan
+    assert padded_facts(batch, mask) == (0, 1)
+    assert padded_facts(pooled, mask) == (0, 0)
+    pooled[0, 2] = np.inf
+    assert padded_facts(pooled, mask)[0] == 1
+
+
+def padded_facts(array: NDArray[Any], mask: NDArray[Any]) -> tuple[int, int]:
+    return count_nonfinite(array, mask), count_nonfinite(array, padding(mask))
 
 
 def test_a_generation_that_meets_nan_stops_and_says_so(tmp_path: Path) -> None:

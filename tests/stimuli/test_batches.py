@@ -99,13 +99,30 @@ def test_probes_have_the_shapes_a_trace_bakes_in() -> None:
     sides = {
         (bool(b.attention_mask[:, 0].all()), bool(b.attention_mask[:, -1].all())) for b in probes()
     }
-    assert {(1, 1), (1, 5), (5, 13), (3, 17), (1, POSITIONS)} == shapes
-    assert sides == {(True, True), (False, True), (True, False)}, "none, left and right padding"
+    assert {(1, 1), (1, 5), (5, 13), (3, 17), (3, 11), (3, 7), (1, POSITIONS)} == shapes
+    assert sides >= {(True, True), (False, True), (True, False)}, "none, left and right padding"
     assert (2, 7) not in shapes, "the shape that is traced"
 
 
+def test_a_probe_has_padding_between_real_tokens() -> None:
+    batch = next(batch for batch in probes() if batch.name == "probe/batch 3, holes")
+    mask = batch.attention_mask
+    assert mask[0].all() and not mask[1:, 0].any(), "one row without, the others from the start on"
+    for row in mask[1:]:
+        between = row[np.argmax(row) : len(row) - np.argmax(row[::-1])]
+        assert (between == 0).any(), "a hole between real tokens"
+    np.testing.assert_array_equal(batch.position_ids, (mask.cumsum(axis=1) - 1).clip(0) * mask)
+
+
+def test_a_probe_has_a_row_of_padding_alone_beside_others() -> None:
+    batch = next(batch for batch in probes() if batch.name == "probe/batch 3, a masked row")
+    assert batch.attention_mask.any(axis=1).tolist() == [True, False, True]
+    assert set(batch.selected[:, 0].tolist()) == {0, 2}, "nothing of it is compared"
+    assert not batch.input_ids[1].any() and not batch.position_ids[1].any()
+
+
 def test_a_model_with_few_positions_gets_probes_that_fit() -> None:
-    assert {batch.input_ids.shape[1] for batch in probes(positions=8)} == {1, 5, 8}
+    assert {batch.input_ids.shape[1] for batch in probes(positions=8)} == {1, 5, 7, 8}
     for positions in (1, 5):
         names = [batch.name for batch in probes(positions=positions)]
         assert len(set(names)) == len(names) == len(PROBES), "the long one is there already"
@@ -120,7 +137,9 @@ def test_probes_stay_inside_vocabulary_and_positions(vocab: int, positions: int,
     for batch in probes(vocab, positions, seed):
         assert 0 <= batch.input_ids.min() <= batch.input_ids.max() < vocab
         assert batch.position_ids.max() < positions
-        assert batch.attention_mask.any(axis=1).all(), "a row without a token"
+        assert batch.attention_mask[0].all(), "nothing to compare"
+        if positions > 1 and "masked row" not in batch.name:
+            assert batch.attention_mask.any(axis=1).all(), "a row without a token"
 
 
 def test_the_same_seed_gives_the_same_probes_and_another_seed_others() -> None:
@@ -147,7 +166,8 @@ def test_a_cache_is_filled_by_real_tokens_of_every_row_and_then_read(positions: 
         rows, columns = batch.input_ids.shape
         assert 0 < batch.split < columns <= min(positions, LONGEST_PROBE)
         assert batch.attention_mask[:, : batch.split].any(axis=1).all()
-        assert batch.attention_mask[:, batch.split :].all(), "what follows is real"
+        following = batch.attention_mask[:, batch.split :]
+        assert following.all() or ("holes" in batch.name and following.any(axis=1).all())
         assert len(batch.rows) == rows
 
 
@@ -157,7 +177,7 @@ def test_caches_are_short_long_and_padded_and_one_token_or_more_follows() -> Non
     shapes = {(b.split, b.input_ids.shape[1] - b.split) for b in found}
     assert shapes >= {(1, 1), (5, 4), (POSITIONS - 1, 1)}
     padded = {b.input_ids.shape[1] - b.split for b in found if not b.attention_mask.all()}
-    assert padded == {1, 4}
+    assert padded == {1, 2, 4}
     assert digest(found) != digest(list(cache_batches(VOCAB, POSITIONS, seed=1)))
 
 

@@ -10,6 +10,7 @@ import pytest
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
+from bench_diff import compare_memory, part  # noqa: E402
 from bench_export import MIB, memory  # noqa: E402
 from measuring import Failed, Run, run  # noqa: E402
 from rows import Row, compare, interleave, table  # noqa: E402
@@ -53,6 +54,19 @@ def test_only_the_load_check_does_not_count() -> None:
     row = memory("f", 10, [Run(1.0, 0, {**peaks, **loading})])
     assert row.holds and row.measured == "10 MiB"
     assert not memory("f", 9, [Run(1.0, 0, peaks)]).holds
+
+
+def test_memory_is_compared_by_medians_and_told_by_process() -> None:
+    corner = "x /tmp/surgery-diff-1/T_o-float64/job.json"
+    runs = {
+        "diff": [Run(1.0, peak * MIB, {corner: 5 * MIB}) for peak in (5, 6, 90)],
+        "optimum": [Run(1.0, 10 * MIB, {"y optimum": 10 * MIB})] * 3,
+    }
+    row = compare_memory("f", 0.6, runs, "diff", "optimum")
+    assert row.holds and row.measured == "0.60 ×"
+    assert row.detail == "diff 6 MiB (T_o-float64 5); optimum 10 MiB (parent 10)"
+    assert not compare_memory("f", 0.59, runs, "diff", "optimum").holds
+    assert part("x /tmp/surgery-check-1/job.json") == "check or capture"
 
 
 def test_a_run_fails_with_one_row_or_a_command_that_fails(

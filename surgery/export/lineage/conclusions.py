@@ -11,7 +11,7 @@ from surgery.export.lineage import diagnosis
 from surgery.export.lineage.expected import fits
 from surgery.export.lineage.result import MISMATCH, UNMATCHED, Fault, Lineage, Row
 from surgery.export.lineage.stored import Stored
-from surgery.export.lineage.trace import Traced, Tracer
+from surgery.export.lineage.tracer import Traced, Tracer
 from surgery.export.lineage.unused import NOT_HELD, reason
 
 

@@ -9,7 +9,7 @@ from surgery.export.lineage.comparing import equals
 from surgery.export.lineage.diagnosis import diagnose
 from surgery.export.lineage.quantised import Dequantised, Packed, Quantise, same_parameters, schemes
 from surgery.export.lineage.result import MISMATCH, PROVEN, UNMATCHED, Fault, Row
-from surgery.export.lineage.trace import Traced, Tracer
+from surgery.export.lineage.tracer import Traced, Tracer
 
 _TOLERANCE = 0.01
 """Of the largest number: 8 bits round to half of 1/127 of it."""

@@ -26,7 +26,7 @@ from surgery.export.lineage.quantised import Packed, packed
 from surgery.export.lineage.result import UNMATCHED, Lineage, Row
 from surgery.export.lineage.sampling import Sampler
 from surgery.export.lineage.stored import Stored, stored_initializer, stored_tensor
-from surgery.export.lineage.trace import Traced, Tracer
+from surgery.export.lineage.tracer import Traced, Tracer
 from surgery.export.lineage.uses import uses
 
 

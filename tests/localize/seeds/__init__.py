@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from tests.localize.seeds import constants, graph, interface, weights
+from tests.localize.seeds import cache, constants, graph, interface, weights
 from tests.localize.seeds.target import Target, Truth, Unfit
 
 __all__ = ["SEEDS", "Target", "Truth", "Unfit", "names"]
@@ -14,6 +14,7 @@ SEEDS: dict[str, dict[str, Callable[[Target], Truth]]] = {
     "constant": constants.SEEDS,
     "graph": graph.SEEDS,
     "interface": interface.SEEDS,
+    "cache": cache.SEEDS,
 }
 """By class, then by what is wrong."""
 

@@ -47,7 +47,7 @@ def _residual(target: Target) -> Any:
         makers = [target.maker(name) for name in node.input]
         kinds = {m.op_type for m in makers if m is not None}
         scope = node.output[0].rpartition("/")[0]
-        deep = re.search(r"attn|attention\.self|mlp|act|rotary|norm|ln_", scope, re.I)
+        deep = re.search(r"attn|attention(?!\.output)|mlp|act|rotary|norm|ln_", scope, re.I)
         if not weights and not deep and kinds:
             return node
     raise Unfit
@@ -163,7 +163,7 @@ def _norm(target: Target) -> Any:
 
 def no_norm(target: Target) -> Truth:
     node = _norm(target)
-    site = rf".*norm.*|(q|k|v|gate|up)_proj\.{target.layer}|qkv\.{target.layer}"
+    site = rf".*norm.*|(q|k|v|gate|up)_proj\.{target.layer}|qkv_proj\.{target.layer}"
     del node.attribute[:], node.input[1:]
     return _kind(node, "Identity", site)
 

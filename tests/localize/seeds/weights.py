@@ -8,7 +8,7 @@ import numpy as np
 
 from tests.localize.seeds.target import Array, Target, Truth, Unfit, rounded
 
-Q = ("q_proj", "qkv")
+Q = ("q_proj", "qkv_proj")
 UP = ("up_proj", "gate_up_proj")
 
 

@@ -16,13 +16,26 @@ from evidences import (
     edit_lost,
     effect,
     interaction,
+    repeat,
+    shape,
+    tolerance,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.evidence import Conversion, Drift, Evidence, Finding, Interaction
+from surgery.evidence import (
+    Conversion,
+    Drift,
+    ErrorShape,
+    Evidence,
+    Finding,
+    Interaction,
+    Repeat,
+    Tolerance,
+)
 from surgery.gate import judge
 from surgery.policy import BUILT_IN, Policy, PreservePolicy, TargetRule
+from surgery.presets import PRESETS
 
 NAN, INF = math.nan, math.inf
 
@@ -240,6 +253,62 @@ FAILING: dict[str, tuple[dict[str, Any], Policy, str, str, str]] = {
         "too little change",
         "preserve/accuracy/T",
     ),
+    "another distribution": (
+        {"shapes": (shape("C_o", overlap=0.79, sigma_ratio=1.51), shape("C_e"))},
+        BUILT_IN,
+        "conversion",
+        "wrong distribution",
+        "C_o/logits",
+    ),
+    "no shape": (
+        {"shapes": (shape("C_o"),)},
+        BUILT_IN,
+        "coverage",
+        "not measured",
+        "C_e/logits",
+    ),
+    "no tolerance": (
+        {"tolerances": (tolerance("C_e"),)},
+        BUILT_IN,
+        "coverage",
+        "not measured",
+        "C_o/logits",
+    ),
+    "beyond the preset": (
+        {},
+        Policy.model_validate({"schema": 1, "conversion": {"preset": "optimum"}}),
+        "tolerance",
+        "beyond a fixed tolerance",
+        "C_o/logits",
+    ),
+    "preset not measured": (
+        {"tolerances": (tolerance("C_o", outside={}), tolerance("C_e"))},
+        Policy.model_validate({"schema": 1, "conversion": {"preset": "polygraphy"}}),
+        "coverage",
+        "not measured",
+        "C_o/logits",
+    ),
+    "another result of another run": (
+        {"repeats": (repeat("R_o", "optimisation disabled", ratio_max=8.1),)},
+        BUILT_IN,
+        "run",
+        "unstable",
+        "R_o/logits/optimisation disabled",
+    ),
+    "a run of no kind": (
+        {"repeats": (repeat("T_o", "attention eager", "x"),)},
+        BUILT_IN,
+        "run",
+        "impossible",
+        "T_o/logits/attention eager",
+    ),
+    "NaN in another run alone": (
+        {"repeats": (repeat("R_o", "optimisation disabled", nonfinite=1),)},
+        BUILT_IN,
+        "run",
+        "nan",
+        "R_o/logits/optimisation disabled",
+    ),
 }
 
 
@@ -278,6 +347,21 @@ IMPOSSIBLE: dict[str, tuple[str, dict[str, Any], str]] = {
     "infinite drift": ("drift", {"kl": INF}, "preserve/T/kl"),
     "more flips than all": ("drift", {"flip_rate": 1.5}, "preserve/T/flip_rate"),
     "negative positions": ("drift", {"positions": -1}, "preserve/T/positions"),
+    "overlap beyond 1": ("shapes", {"overlap": 1.01}, "C_o/logits"),
+    "negative overlap": ("shapes", {"overlap": -0.01}, "C_o/logits"),
+    "negative sigma": ("shapes", {"error_sigma": -1.0}, "C_o/logits"),
+    "infinite noise": ("shapes", {"noise_sigma": INF}, "C_o/logits"),
+    "infinite mean": ("shapes", {"error_mean": INF}, "C_o/logits"),
+    "shape of nothing": ("shapes", {"elements": 0}, "C_o/logits"),
+    "shape of no edge": ("shapes", {"edge": "C_x"}, "C_x/logits"),
+    "negative tolerance": ("tolerances", {"atol": -1.0}, "C_o/logits"),
+    "more beyond than all": ("tolerances", {"outside": {"optimum": 1 << 40}}, "C_o/logits"),
+    "fewer beyond than none": ("tolerances", {"outside": {"optimum": -1}}, "C_o/logits"),
+    "tolerance of no edge": ("tolerances", {"edge": "C_x"}, "C_x/logits"),
+    "negative difference": ("repeats", {"max_abs": -1.0}, "T_o/logits/attention eager"),
+    "infinite difference": ("repeats", {"l2": INF}, "T_o/logits/attention eager"),
+    "run of no corner": ("repeats", {"corner": "X"}, "X/logits/attention eager"),
+    "run at no position": ("repeats", {"positions": 0}, "T_o/logits/attention eager"),
 }
 
 
@@ -308,7 +392,10 @@ def test_rounding_may_leave_a_divergence_below_zero_and_a_cosine_above_one() -> 
     assert judge(with_value(rounded, "drift", 0, kl=-1e-15), POLICY).verdict == "pass"
 
 
-@pytest.mark.parametrize("kind", ["effects", "drift", "interaction", "conversion"])
+ROWS = ["effects", "drift", "interaction", "conversion", "shapes", "tolerances", "repeats"]
+
+
+@pytest.mark.parametrize("kind", ROWS)
 def test_rows_of_corners_that_did_not_run_fail(kind: str) -> None:
     foreign = clean() if kind != "conversion" else replace(clean(), conversion=(conversion("C_e"),))
     rows: dict[str, Any] = {kind: getattr(foreign, kind)}
@@ -351,6 +438,44 @@ def test_a_missing_corner_fails(name: str) -> None:
 def test_a_corner_that_is_not_ok_fails(status: str) -> None:
     corners = {**clean().corners, "R_e": corner("R_e", status)}
     assert judge(replace(clean(), corners=corners), BUILT_IN).verdict == "fail"
+
+
+def test_a_runtime_more_exact_than_pytorch_may_be_distributed_as_it_likes() -> None:
+    exact = with_value(clean(), "shapes", 0, overlap=0.2, sigma_ratio=1.5)
+    assert judge(exact, BUILT_IN).verdict == "pass"
+
+
+def test_few_elements_overlap_less_by_chance() -> None:
+    few = with_value(clean(), "shapes", 0, overlap=0.6, sigma_ratio=1.6, elements=100)
+    assert judge(few, BUILT_IN).verdict == "pass"
+    assert judge(with_value(few, "shapes", 0, elements=1000), BUILT_IN).verdict == "fail"
+
+
+def test_what_a_narrower_type_does_is_no_fault() -> None:
+    rows = (repeat("T_o", "computed in float16", "compute", ratio_max=1e6, nonfinite=7),)
+    assert judge(replace(clean(), repeats=rows), BUILT_IN).verdict == "pass"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_asked_for_in_addition(name: str) -> None:
+    policy = Policy.model_validate({"schema": 1, "conversion": {"preset": name}})
+    held = dict.fromkeys(PRESETS, 3) | {name: 0}
+    both = (tolerance("C_o", outside=held), tolerance("C_e", outside=held))
+    within = replace(clean(), tolerances=both)
+    assert judge(within, policy).verdict == "pass"
+    assert judge(with_value(within, "conversion", 0, ratio_max=8.01), policy).verdict == "fail"
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1e9), st.floats(0, 1e9))
+def test_less_overlap_and_more_sigma_never_help(
+    overlap: float, less: float, sigma_ratio: float, more: float
+) -> None:
+    def verdict(overlap: float, sigma_ratio: float) -> str:
+        changed = {"overlap": overlap, "sigma_ratio": sigma_ratio}
+        return judge(with_value(clean(), "shapes", 0, **changed), BUILT_IN).verdict
+
+    if verdict(overlap, sigma_ratio) == "fail":
+        assert verdict(overlap * less, sigma_ratio + more) == "fail"
 
 
 def test_a_limit_is_inclusive() -> None:
@@ -403,12 +528,18 @@ MEASURED = [
     *(("interaction", f.name) for f in fields(Interaction) if f.type == "float"),
     ("drift", "kl"),
     ("drift", "flip_rate"),
+    *(("shapes", f.name) for f in fields(ErrorShape) if f.type == "float"),
+    *(("tolerances", f.name) for f in fields(Tolerance) if f.type == "float"),
+    *(("repeats", f.name) for f in fields(Repeat) if f.type == "float"),
 ]
 ERRORS = [
     ("conversion", "ratio_max"),
     ("conversion", "ratio_l2"),
     ("drift", "kl"),
     ("drift", "flip_rate"),
+    ("shapes", "sigma_ratio"),
+    ("repeats", "ratio_max"),
+    ("repeats", "ratio_l2"),
 ]
 
 
@@ -425,7 +556,7 @@ policies = st.builds(
     lambda a, b, c, d: Policy.model_validate(
         {
             "schema": 1,
-            "conversion": {"max_noise_ratio": a},
+            "conversion": {"max_noise_ratio": a, "max_sigma_ratio": d, "min_overlap": 0},
             "interaction": {"max_ratio": b, "max_noise_ratio": c},
             "preserve": {"max_kl": d},
         }

@@ -12,12 +12,15 @@ The law:
    is not one or not finite, a negative magnitude, a cosine beyond 1, an error over no noise, a
    row of a corner that did not run.
 6. Conversion: on every edge and output, the worst element, the L2 norm and the worst position
-   stay within `conversion.max_noise_ratio` times float32 noise.
+   stay within `conversion.max_noise_ratio` times the noise of what the graph computes in, float32
+   mostly. The error is also distributed as that noise is (`surgery.gate.noise`).
 7. Interaction: on every stimulus set, ||I|| stays within `interaction.max_ratio` of the effect,
    or within `interaction.max_noise_ratio` of the noise. Where the effect itself is within that
    noise it is no yardstick, and noise alone judges.
 8. Preserve and target limits hold in PyTorch and in ONNX Runtime, each; a limit asked for but not
    measured fails, and so does one about an edit where no edited model was tested.
+9. Where the policy asks for confidence, a limit holds for the whole interval too, and A/A keeps to
+   it: `surgery.gate.behaviour`, which also has law 5 for the statistics of behaviour.
 
 A larger error never turns a fail into a pass (a property test holds the gate to that).
 """
@@ -31,6 +34,9 @@ from typing import Any
 
 from surgery.evidence import CORNERS, EDGES, Conversion, Drift, Effect, Evidence, Finding
 from surgery.evidence import Interaction as Measured
+from surgery.gate.behaviour import judge_behaviour
+from surgery.gate.noise import judge_noise, noise_dtype
+from surgery.gate.words import IMPOSSIBLE, RUNTIMES
 from surgery.policy import Policy, TargetRule
 
 PASS, FAIL, NOT_EVALUATED = "pass", "fail", "not_evaluated"
@@ -38,12 +44,7 @@ PASS, FAIL, NOT_EVALUATED = "pass", "fail", "not_evaluated"
 EXIT_CODES = {PASS: 0, FAIL: 1, NOT_EVALUATED: 5}
 """What a command that judges exits with."""
 
-IMPOSSIBLE = "impossible"
-"""The symptom of evidence that no run can have measured."""
-
 UNCOVERED = "embedding not compared"
-
-RUNTIMES = {"T": "PyTorch", "R": "ONNX Runtime"}
 
 MUCH_WORSE = 4.0
 """How far apart C_e and C_o must be to blame one conversion and not the converter; words only."""
@@ -77,7 +78,8 @@ def judge(evidence: Evidence, policy: Policy) -> Verdict:
     if not broken and not evidence.compared > 0:
         return Verdict(NOT_EVALUATED, (_nothing_compared(evidence),))
     rules: tuple[Callable[[Evidence, Policy], Iterator[Finding]], ...]
-    rules = (_coverage, _places, _runs, _conversion, _interaction, _numbers, _preserve, _target)
+    rules = (_coverage, _places, _runs, _conversion, judge_noise, _interaction, _numbers)
+    rules += (_preserve, _target, judge_behaviour)
     found = [finding for rule in rules for finding in rule(evidence, policy)]
     findings = (*broken, *found)
     return Verdict(FAIL if findings else PASS, findings)
@@ -244,10 +246,10 @@ def _worst(row: Conversion) -> float:
 
 
 def _wrong_value(row: Conversion, evidence: Evidence, limit: float) -> Finding:
-    ratio = _worst(row)
+    ratio, dtype = _worst(row), noise_dtype(row.edge, row.output, evidence)
     message = (
-        f"{row.output} is {ratio:.3g} times float32 noise away on {row.edge}, worst at "
-        f"{row.worst}; {_blame(row, evidence, limit)}"
+        f"{row.output} is {ratio:.3g} times {dtype} noise away on {row.edge}, "
+        f"worst at {row.worst}; {_blame(row, evidence, limit)}"
     )
     site = f"{row.edge}/{row.output}/{row.worst}"
     return Finding("conversion", "wrong value", site, message, ratio, limit)

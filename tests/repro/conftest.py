@@ -1,0 +1,3 @@
+from tests.localize.conftest import bases
+
+__all__ = ["bases"]
