@@ -18,9 +18,10 @@ from surgery.export.tasks import find_task
 from surgery.find.head_effects import Contrast, direct_effects, gradient_effects, path_effects
 from surgery.find.patching import Patching
 
-FAMILIES = ("gpt2", "llama", "gptj", "gemma2", "mixtral", "falcon", "bloom")
+FAMILIES = ("gpt2", "llama", "gptj", "gemma2", "mixtral")
+MORE = ("falcon", "bloom", "gpt_neox", "mpt", "opt", "qwen3", "gemma3_text", "phi3", "qwen3_moe")
 """Sequential and parallel blocks, norms after attention, experts, shared keys and values, ALiBi."""
-PARALLEL = ("gptj", "falcon")
+PARALLEL = ("gptj", "falcon", "gpt_neox")
 TOLERANCE = 1e-5
 """Of logits of size 1; float32 noise of these models is 4e-7."""
 
@@ -70,7 +71,7 @@ class Case:
         return self.logits(inputs, keep), z
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[*FAMILIES, *(pytest.param(f, marks=pytest.mark.campaign) for f in MORE)])
 def case(request: pytest.FixtureRequest, zoo: Zoo) -> Case:
     path = zoo.checkpoint(request.param, **deep(request.param, 3))
     task, arch = find_task("causal-lm"), identify(Checkpoint.open(path))
