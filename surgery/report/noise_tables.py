@@ -11,6 +11,9 @@ from surgery.report.cells import Table, make_table, number, signed
 PRESENT = "present."
 """Caches begin so: a report shows the worst, and the evidence holds them all."""
 
+SHAPE, PASSES_AT, FIXED = "Error in units of noise", "Passes at", "Fixed tolerances"
+"""Titles; of the tables for whoever wants to know more than the verdict."""
+
 
 def noise_tables(
     shapes: Iterable[ErrorShape], tolerances: Iterable[Tolerance], repeats: Iterable[Repeat]
@@ -47,9 +50,8 @@ def _shapes(shapes: Iterable[ErrorShape]) -> Table:
         for s in _shown(shapes)
     )
     spare = ("noise max", "noise 99%", "median", "max", "mean", "99%")
-    title = "Error in units of noise"
     names = ("edge", "output")
-    return make_table(title, headers, rows, *range(3, 11), spare=spare, names=names)
+    return make_table(SHAPE, headers, rows, *range(3, 11), spare=spare, names=names)
 
 
 def _shown(shapes: Iterable[ErrorShape]) -> Iterator[ErrorShape]:
@@ -73,7 +75,7 @@ def _passes_at(tolerances: Iterable[Tolerance]) -> Table:
         for (edge, output), own in needed.items()
     )
     headers = ("edge", "output", "rtol alone", "atol alone", "rtol = atol")
-    return make_table("Passes at", headers, rows, 2, 3, 4, names=("edge", "output"))
+    return make_table(PASSES_AT, headers, rows, 2, 3, 4, names=("edge", "output"))
 
 
 LEAST = ("rtol", "atol", "both")
@@ -93,7 +95,7 @@ def _presets(tolerances: Iterable[Tolerance]) -> Table:
         if rows
     )
     spare = ("atol", "rtol", "elements beyond")
-    return make_table("Fixed tolerances", headers, cells, 1, 2, 4, spare=spare)
+    return make_table(FIXED, headers, cells, 1, 2, 4, spare=spare)
 
 
 def _beyond(counts: list[int | None]) -> tuple[str, str]:

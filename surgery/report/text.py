@@ -17,9 +17,10 @@ from rich.text import Text as RichText
 from surgery.report.behaviour import TITLES
 from surgery.report.cells import Table
 from surgery.report.model import Report
+from surgery.report.noise_tables import FIXED, PASSES_AT, SHAPE
 from surgery.report.tables import headline, subline, tables
 
-BACKGROUND = (*TITLES, "Corners", "Policy", "Inputs", "Environment")
+BACKGROUND = (*TITLES, SHAPE, PASSES_AT, FIXED, "Corners", "Policy", "Inputs", "Environment")
 NARROW, WIDE, WIDTH = 80, 160, 120
 GAP = 3
 """Columns between two cells."""
