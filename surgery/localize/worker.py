@@ -115,7 +115,7 @@ def _onnx(job: dict[str, Any], inputs: Arrays) -> Arrays:
     from surgery.export import onnxfile
     from surgery.localize.graphs import FORCED, observed
     from surgery.runtimes import graph
-    from surgery.runtimes.onnxruntime import CPU, open_session
+    from surgery.runtimes.session import CPU, open_session
 
     path, folder = Path(job["model"]), Path(job["initializers"])
     model = onnxfile.read(path, folder)

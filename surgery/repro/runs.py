@@ -17,7 +17,7 @@ Arrays = dict[str, NDArray[Any]]
 
 def outputs(model: Any, inputs: Mapping[str, Any]) -> Arrays:
     """What a part gives, nothing of it optimised; nothing where it does not run."""
-    from surgery.runtimes.onnxruntime import open_session
+    from surgery.runtimes.session import open_session
 
     try:
         session = open_session(model.SerializeToString(), None, 1, level="disabled")

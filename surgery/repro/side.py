@@ -53,7 +53,7 @@ class Side:
         }
 
     def _run(self, values: Sequence[str], inputs: Mapping[str, Array]) -> Arrays:
-        from surgery.runtimes.onnxruntime import open_session
+        from surgery.runtimes.session import open_session
 
         try:
             shown = observed(self.model, values).SerializeToString()

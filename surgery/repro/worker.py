@@ -34,7 +34,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 def probe(job: dict[str, Any]) -> dict[str, Any]:
     """The first of the batches on which the whole graph does not give the output there should be:
     by name, of float32, of the right shape, finite wherever a token is or is not."""
-    from surgery.runtimes.onnxruntime import open_session
+    from surgery.runtimes.session import open_session
 
     side = Side.open(job["graph"], job["task"])
     try:

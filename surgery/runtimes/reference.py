@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,11 @@ from onnx.external_data_helper import load_external_data_for_model
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from surgery.export import onnxfile
-from surgery.export.tasks import find_task
 from surgery.runtimes import graph
 from surgery.runtimes.attention import ATTENTION
 from surgery.runtimes.contrib import CONTRIB
-from surgery.runtimes.interface import Arrays, IdArrays, ModelRef, Runtime
+from surgery.runtimes.interface import Arrays, IdArrays, ModelRef
+from surgery.runtimes.onnx_model import OnnxModel, Run
 
 
 class GatherElements(OpRun):  # type: ignore[misc]
@@ -40,35 +40,20 @@ def evaluator(model: Any) -> ReferenceEvaluator:
     return ReferenceEvaluator(model, new_ops=[GatherElements, *CONTRIB, *ATTENTION])
 
 
-class ReferenceRuntime(Runtime):
+class ReferenceRuntime(OnnxModel):
     """An .onnx file in `onnx.reference.ReferenceEvaluator`; loads all its weights."""
 
     def __init__(self, model: ModelRef, threads: int) -> None:
         super().__init__(model, threads)
-        self._proto = onnxfile.read(model.path, model.initializers)
-        output = find_task(model.task).output
-        self._signature = graph.signature(self._proto, output, str(model.path))
         home = model.initializers or model.path.parent
         load_external_data_for_model(self._proto, str(home))
-        self._evaluator = evaluator(self._proto)
-
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        return tuple(port.name for port in self._signature.ports)
-
-    @property
-    def output_names(self) -> tuple[str, ...]:
-        return tuple(self._evaluator.output_names)
+        self._run = self._runner(self._proto)
 
     def infer_impl(self, inputs: IdArrays, split: int) -> Arrays:
         def run(fed: Arrays) -> Arrays:
-            return dict(zip(self.output_names, self._evaluator.run(None, fed), strict=True))
+            return dict(zip(self.output_names, self._run(fed), strict=True))
 
         return graph.infer(self._signature, run, inputs, split)
 
-    def embedding(self, ids: NDArray[np.int64]) -> NDArray[Any]:
-        cut = graph.cut_after_embedding(self._proto, self._signature.roles, str(self.model.path))
-        rows = ReferenceEvaluator(cut).run(
-            None, graph.lookup_feed(cut, self._signature.roles, ids)
-        )[0]
-        return np.asarray(rows).reshape(len(ids), -1)
+    def _runner(self, proto: Any) -> Run:
+        return partial(evaluator(proto).run, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from surgery.errors import OnnxError, quote
-from surgery.export import onnxfile
-from surgery.export.tasks import find_task
-from surgery.runtimes import graph
+from surgery.runtimes import graph, session
 from surgery.runtimes.interface import (
     INTRODUCED,
     PART,
@@ -26,8 +24,7 @@ from surgery.runtimes.interface import (
     ModelRef,
     stream_file,
 )
-from surgery.runtimes.onnxruntime import open_session
-from surgery.runtimes.precision import compute_dtype
+from surgery.runtimes.onnx_model import OnnxModel, Run
 from surgery.runtimes.segments import Segment, cut_up, element_types, extract
 from surgery.runtimes.streamed import Streamed
 
@@ -55,7 +52,7 @@ class _Piece:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-class StreamedOnnx(Streamed):
+class StreamedOnnx(Streamed, OnnxModel):
     """The .onnx file of `OnnxRuntime`, run segment by segment between the cuts of `model`.
 
     With `model.given`, every segment is also run from PyTorch's values at the cuts it reads: what
@@ -65,50 +62,27 @@ class StreamedOnnx(Streamed):
     def __init__(self, model: ModelRef, threads: int) -> None:
         super().__init__(model, threads)
         onnxruntime.set_default_logger_severity(3)
-        self._proto = onnxfile.read(model.path, model.initializers)
-        output = find_task(model.task).output
-        self._signature = graph.signature(self._proto, output, str(model.path))
         self._cuts = [cut.value for cut in model.cuts]
         self._segments = cut_up(self._proto, self._cuts)
         self._types = element_types(self._proto, self._cuts)
         self._session: Any = None
-
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        return tuple(port.name for port in self._signature.ports)
-
-    @property
-    def output_names(self) -> tuple[str, ...]:
-        return tuple(value.name for value in self._proto.graph.output)
-
-    @property
-    def compute(self) -> str:
-        return compute_dtype(self._proto)
 
     def infer_impl(self, inputs: IdArrays, split: int) -> Arrays:
         found: Arrays = {}
         self._alone(lambda: found.update(self._walk(inputs, split)))
         return found
 
-    def embedding(self, ids: NDArray[np.int64]) -> NDArray[Any]:
-        cut, session = self._lookup
-        fed = graph.lookup_feed(cut, self._signature.roles, ids)
-        rows: NDArray[Any] = session.run(None, fed)[0]
-        return rows.reshape(len(ids), -1)
-
-    @cached_property
-    def _lookup(self) -> tuple[Any, onnxruntime.InferenceSession]:
-        cut = graph.cut_after_embedding(self._proto, self._signature.roles, str(self.model.path))
-        return cut, self._open(cut)
-
     def _change(self, part: Segment | None) -> None:
         self._session = None
         if part is not None:
             self._session = self._open(extract(self._proto, part.values, part.reads, self._types))
 
-    def _open(self, model: Any) -> onnxruntime.InferenceSession:
+    def _runner(self, proto: Any) -> Run:
+        return partial(self._open(proto).run, None)
+
+    def _open(self, proto: Any) -> onnxruntime.InferenceSession:
         folder = self.model.initializers or self.model.path.parent
-        return open_session(model.SerializeToString(), folder, self.threads)
+        return session.open_session(proto.SerializeToString(), folder, self.threads)
 
     def _walk(self, inputs: IdArrays, split: int) -> Arrays:
         pieces = list(_pieces(inputs, split if self._signature.links else 0))

@@ -28,7 +28,7 @@ from surgery.export.lineage import trace
 from surgery.localize import LIMIT
 from surgery.localize.layers import introduced, streamed
 from surgery.report import Report, render
-from surgery.runtimes import RUNTIMES, ModelRef, streamed_onnx
+from surgery.runtimes import RUNTIMES, ModelRef, session
 from surgery.runtimes.generate import Generation, generate
 
 Plant = Callable[..., Path]
@@ -130,17 +130,17 @@ def cut(case: Case) -> Pair:
 def test_one_layer_at_a_time_is_in_a_session_once_for_all_batches(lab: Lab, llama: Case) -> None:
     opened: list[set[str]] = []
     alive: list[Any] = []
-    begin = streamed_onnx.open_session
+    begin = session.open_session
 
     def watch(model: bytes, *others: Any) -> Any:
-        assert not [session for session in alive if session() is not None]
+        assert not [opened for opened in alive if opened() is not None]
         tensors = onnx.load_model_from_string(model).graph.initializer
         opened.append({t.name for t in tensors if t.name.endswith(".weight")})
-        session = begin(model, *others)
-        alive.append(weakref.ref(session))
-        return session
+        made = begin(model, *others)
+        alive.append(weakref.ref(made))
+        return made
 
-    with patch.object(streamed_onnx, "open_session", watch):
+    with patch.object(session, "open_session", watch):
         lab.diff(llama, stream=True, stimuli=[])
     layers = [{name.split(".layers.")[1][0] for name in n if ".layers." in name} for n in opened]
     # The embedding, its layers, the head, and the embedding again, to look every row up.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from surgery.export import onnxfile
 from surgery.export.tasks import Task
 from surgery.runtimes import graph
-from surgery.runtimes.onnxruntime import open_session
+from surgery.runtimes.session import open_session
 from surgery.stimuli import Batch
 from surgery.stimuli.batches import cache_batches, pad, probe_batches
 

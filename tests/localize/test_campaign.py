@@ -7,13 +7,18 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import onnxruntime
 import pytest
 
+from surgery.export import choose_task
+from surgery.runtimes import session
 from tests.localize import outcomes
+from tests.localize.conftest import Bases
 from tests.localize.effects import effect
 from tests.localize.outcomes import CLEAN, EDIT, Outcome, Store
 from tests.localize.seeds import SEEDS, names
 from tests.localize.tables import WHY, markdown, totals
+from tests.localize.variants import Clean
 
 
 def outcome(fault: str = "zero", kind: str = "weight", **fields: Any) -> Outcome:
@@ -97,3 +102,14 @@ def test_an_effect_is_in_units_of_the_noise(
 def test_seeds_have_names_of_their_own() -> None:
     listed = [fault for _, fault in names()]
     assert len(set(listed)) == len(listed) == sum(map(len, SEEDS.values()))
+
+
+@pytest.mark.parametrize("level", ["DISABLE_ALL", "ENABLE_BASIC", "ENABLE_EXTENDED"])
+def test_a_clean_variant_of_a_level_is_run_at_that_level(bases: Bases, level: str) -> None:
+    base = bases("llama")
+    task = choose_task(base.model, None)
+    made = Clean(base.model, base.onnx, base.root, task).optimised(level)
+    with made.entered():
+        options = session.open_session(str(made.onnx), None, 1).get_session_options()
+    wanted = getattr(onnxruntime.GraphOptimizationLevel, f"ORT_{level}")
+    assert options.graph_optimization_level == wanted

@@ -20,7 +20,7 @@ from surgery.errors import ExportError
 from surgery.localize import Fault
 from surgery.localize.referees import Ruling, panel, referees
 from surgery.localize.runs import Runs
-from surgery.runtimes import onnxruntime
+from surgery.runtimes import session
 from tests.differential import mutants
 from tests.localize.campaign import Base
 from tests.localize.conftest import Bases
@@ -79,7 +79,7 @@ def test_they_stand_in_the_order_of_the_conversion() -> None:
 
 def test_other_execution_providers_come_last_and_remote_ones_not_at_all() -> None:
     with patch.object(
-        onnxruntime.onnxruntime, "get_available_providers",
+        session.onnxruntime, "get_available_providers",
         lambda: ["CUDAExecutionProvider", "AzureExecutionProvider", "CPUExecutionProvider"],
     ):  # fmt: skip
         last = referees()[-1]
@@ -103,7 +103,7 @@ def right(fault: Fault) -> set[str]:
 @contextmanager
 def miscomputing(levels: tuple[str, ...]) -> Iterator[None]:
     """While entered, ONNX Runtime takes every softmax over another axis at these levels."""
-    real = onnxruntime.open_session
+    real = session.open_session
 
     def open_session(model: Any, folder: Any, threads: int, level: str = "all", *more: Any) -> Any:
         if level in levels:
@@ -113,7 +113,7 @@ def miscomputing(levels: tuple[str, ...]) -> Iterator[None]:
             model = proto.SerializeToString()
         return real(model, folder, threads, level, *more)
 
-    with patch.object(onnxruntime, "open_session", open_session):
+    with patch.object(session, "open_session", open_session):
         yield
 
 
@@ -176,7 +176,7 @@ def test_a_referee_that_cannot_run_says_why(bases: Bases) -> None:
 def test_a_provider_that_is_not_to_be_had_is_neither_right_nor_wrong(bases: Bases) -> None:
     base = bases("llama")
     path, _ = base.plant("graph", "softmax axis", 1)
-    with patch.object(onnxruntime, "other_providers", lambda: ("CUDAExecutionProvider",)):
+    with patch.object(session, "other_providers", lambda: ("CUDAExecutionProvider",)):
         fault = localized(base, path)
     last = fault.referees[-1]
     assert last.referee == "onnxruntime all on CUDAExecutionProvider"

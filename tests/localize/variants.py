@@ -18,7 +18,7 @@ from here import in_this_process
 
 from surgery.export import export
 from surgery.export.tasks import Task
-from surgery.runtimes import onnxruntime
+from surgery.runtimes import session
 
 Entered = Callable[[], AbstractContextManager[Any]]
 
@@ -147,16 +147,7 @@ def _level(name: str) -> Any:
 
 def _at_level(level: str) -> AbstractContextManager[Any]:
     """While entered, every session is optimised so far and no further."""
-    import onnxruntime as ort
-
-    real = ort.SessionOptions
-
-    def options() -> Any:
-        made = real()
-        made.graph_optimization_level = _level(level)
-        return made
-
-    return patch.object(onnxruntime.onnxruntime, "SessionOptions", options)
+    return patch.dict(session.LEVELS, dict.fromkeys(session.LEVELS, f"ORT_{level}"))
 
 
 def torch_export(

@@ -22,7 +22,7 @@ LEVELS = ("disabled", "basic", "extended", "all")
 
 def referees() -> tuple[Referee, ...]:
     """All of them in order, with every execution provider that this machine's build has."""
-    from surgery.runtimes.onnxruntime import other_providers
+    from surgery.runtimes.session import other_providers
 
     levels = [Session(level) for level in LEVELS]
     others = [Session("all", provider) for provider in other_providers()]
