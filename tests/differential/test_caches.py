@@ -13,8 +13,8 @@ from differential import mutants
 from differential.lab import Lab, finding, found, measured
 from onnx import ModelProto
 
-from surgery import pipeline
 from surgery.errors import InputError, OnnxError
+from surgery.pipeline import pairs
 
 Defect = Callable[[ModelProto], None]
 Plant = Callable[..., Path]
@@ -128,13 +128,13 @@ def test_an_edited_conversion_without_a_cache_is_a_finding(lab: Lab, case: Case)
 def test_a_missing_conversion_is_exported_with_the_cache_of_the_other(
     lab: Lab, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tasks, export = [], pipeline.export_graph
+    tasks, export = [], pairs.export_graph
 
     def exported(model: Path, file: Path, *, task: str) -> None:
         tasks.append(task)
         export(model, file, task=task)
 
-    monkeypatch.setattr(pipeline, "export_graph", exported)
+    monkeypatch.setattr(pairs, "export_graph", exported)
     assert lab.diff_edited(case, edited_onnx=None).verdict == "pass"
     assert tasks == [TASK]
 

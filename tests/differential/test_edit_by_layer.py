@@ -19,6 +19,7 @@ from surgery.differential import Pair
 from surgery.export import default_task
 from surgery.export.lineage import trace
 from surgery.localize.edit import SURVIVED, EditTrace, trace_edit
+from surgery.pipeline import causes
 from surgery.report import render
 from surgery.stimuli.batches import pad
 
@@ -142,7 +143,7 @@ def test_a_trace_that_fails_is_a_finding_and_never_clean(
     def fail(*args: object) -> None:
         raise ValueError("bug")
 
-    monkeypatch.setattr(pipeline, "trace_edit", fail)
+    monkeypatch.setattr(causes, "trace_edit", fail)
     case = lab.case("gpt2")
     report = lab.diff_edited(case, edited_onnx=case.onnx)
     told = [f for f in report.findings if f.stage == "localize" and "bug" in f.message]

@@ -21,6 +21,8 @@ from surgery.export import choose_task, export
 from surgery.export.lineage import trace
 from surgery.export.tasks import Task
 from surgery.localize import Localization
+from surgery.pipeline import causes
+from surgery.pipeline.pairs import ask
 from surgery.policy import BUILT_IN
 from surgery.report import Report
 from tests.localize.effects import Outputs, effect, outputs, unseen
@@ -112,13 +114,13 @@ class Base:
     def run(self, path: Path, **given: Any) -> tuple[Report, list[Localization]]:
         """`pipeline.diff` of a file, and what it localised."""
         kept: list[Localization] = []
-        find = pipeline.find
+        find = causes.find
 
         def keep(*args: Any) -> Localization:
             kept.append(find(*args))
             return kept[-1]
 
-        with self.here.installed(), patch.object(pipeline, "find", keep):
+        with self.here.installed(), patch.object(causes, "find", keep):
             report = pipeline.diff(self.model, onnx=path, **given)
         return report, kept
 
@@ -133,7 +135,7 @@ class Base:
 
     def outputs(self, path: Path) -> Outputs:
         arch = identify(Checkpoint.open(self.model))
-        asked = pipeline._ask(self.model, (), BUILT_IN, self.task.name, pipeline.DEFAULT_SEED)
+        asked = ask(self.model, (), BUILT_IN, self.task.name, pipeline.DEFAULT_SEED)
         more = unseen(arch.sizes["vocab"], arch.sizes["positions"], self.task)
         return outputs(path, self.task, [*asked.workload.batches, *more])
 
