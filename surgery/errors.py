@@ -6,6 +6,7 @@
     │   ├── ArchitectureError     a model family we do not know, or know otherwise
     │   ├── EditError             an edit that has no meaning for this model
     │   ├── RecipeError           recipe text
+    │   ├── FindError             a search that the model or the prompts do not allow
     │   ├── PolicyError           policy text
     │   ├── StimuliError          stimuli text
     │   ├── OnnxError             an ONNX file
@@ -47,6 +48,10 @@ class EditError(InputError):
 
 
 class RecipeError(InputError):
+    pass
+
+
+class FindError(InputError):
     pass
 
 
