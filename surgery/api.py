@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # a command imports what it uses and no more
     from surgery.compare import Comparison
     from surgery.export import ExportResult
     from surgery.export.lineage import Lineage
+    from surgery.find.result import Found
     from surgery.gate import Verdict
     from surgery.localize import Localization
     from surgery.plan import Plan
@@ -35,6 +36,7 @@ __all__ = [
     "diff",
     "diff_weights",
     "export",
+    "find",
     "gate",
     "inspect",
     "lineage",
@@ -259,6 +261,57 @@ def validate(
         Path(output),
         stimuli=[Path(file) for file in stimuli],
         policy=_policy(policy),
+        **options,
+    )
+
+
+def find(
+    kind: str,
+    model: AnyPath,
+    output: AnyPath,
+    *,
+    train: Sequence[AnyPath],
+    holdout: Sequence[AnyPath],
+    method: str | None = None,
+    raised: str | None = None,
+    lowered: str | None = None,
+    top: int | None = None,
+    seed: int = 0,
+    budget: int = 1024,
+    report: AnyPath | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Found:
+    """What to edit, written as the recipe `output`, with every candidate and the figures beside it.
+
+    `kind` is `heads`, `neurons`, `features`, `components`, `direction` or `layers`; `options` are
+    those of its command. `raised` or `lowered` names the metric to move, as a policy does; without
+    either the first answers of the target prompts are to be given more often.
+    """
+    from surgery.find.opening import Asked
+    from surgery.find.run import find as run
+    from surgery.find.run import silent
+
+    if raised and lowered:
+        raise InputError("--raise and --lower name one metric between them; leave one out")
+    sign = -1 if lowered else 1
+    asked = Asked(
+        Path(model),
+        [Path(path) for path in train],
+        [Path(path) for path in holdout],
+        raised or lowered,
+        sign,
+        top,
+        seed,
+        budget,
+    )
+    return run(
+        kind,
+        asked,
+        Path(output),
+        report=_path(report),
+        method=method,
+        progress=progress or silent,
         **options,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.process import one_line
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from surgery.export import ExportResult
     from surgery.export.cache import Entry
     from surgery.export.lineage import Lineage
+    from surgery.find.result import Change, Found
     from surgery.localize import Localization
     from surgery.localize import Row as BoundaryRow
     from surgery.localize.edit import EditTrace
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from surgery.plan import Plan
 
 MAX_ROWS = 200
+MAX_CHOSEN = 10
 
 
 @contextmanager
@@ -52,6 +55,18 @@ def staged_bar() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, in
             lambda stage: progress.update(task, description=stage, completed=0, total=None),
             lambda item, done, total: progress.update(task, completed=done, total=total),
         )
+
+
+@contextmanager
+def rows_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Gives a callback (stage, done, total) that draws the bar of whatever stage runs."""
+    with staged_bar() as (name, draw):
+
+        def show(stage: str, done: int, total: int) -> None:
+            name(stage)
+            draw(stage, done, total)
+
+        yield show
 
 
 @contextmanager
@@ -318,6 +333,44 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in cells
+    )
+
+
+def found_text(found: Found, recipe: Path) -> str:
+    """A search for people: what was chosen, what it does, and what chance does."""
+    rows = [_change_row("held out", found.effect)]
+    rows += [_change_row("cost", cost) for cost in found.costs]
+    head = ("", "set", "metric", "texts", "before", "after", "change", "95 % interval")
+    bound = found.control.bound(found.sign)
+    shown = found.ranking.columns
+    best = [
+        tuple(f"{value:.4g}" for value in found.ranking.rows[index])
+        for index in found.chosen[:MAX_CHOSEN]
+    ]
+    more = len(found.chosen) - len(best)
+    parts = [
+        f"{found.kind} by {found.method}, to {found.direction} {found.effect.metric}: "
+        f"{len(found.chosen)} of {len(found.ranking.rows)} candidates",
+        table(shown, best) + (f"\n… and {more} more" if more else ""),
+        table(head, rows),
+        f"{len(found.control.changes)} random edits of equal size: {found.control.mean:+.3g} on "
+        f"average, {bound:+.3g} at 95 %",
+        f"ABOVE CHANCE: {recipe}" if found.above_chance else f"NO BETTER: {found.why_not}",
+    ]
+    return "\n\n".join(parts)
+
+
+def _change_row(what: str, change: Change) -> tuple[str, ...]:
+    interval = "–" if change.low is None else f"{change.low:+.3g} … {change.high:+.3g}"
+    return (
+        what,
+        change.stimulus_set,
+        change.metric,
+        str(change.count),
+        f"{change.before:.4g}",
+        f"{change.after:.4g}",
+        f"{change.change:+.3g}",
+        interval,
     )
 
 

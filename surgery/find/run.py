@@ -1,0 +1,52 @@
+"""`surgery find`: one kind of thing to edit, from the prompts to the files of the search."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import FindError
+from surgery.find import FINDERS
+from surgery.find.opening import Asked, Progress, open_lab
+from surgery.find.outputs import Outputs
+from surgery.find.recipes import Planner
+from surgery.find.result import Found
+from surgery.find.search import Search
+
+
+def silent(item: str, done: int, total: int) -> None:
+    """The progress callback of those who do not want any."""
+
+
+def find(
+    kind: str,
+    asked: Asked,
+    output: Path,
+    *,
+    report: Path | None = None,
+    method: str | None = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> Found:
+    """What to edit, as the recipe `output` with a CSV file, figures and tensors beside it.
+
+    `options` are those of the kind's finder. Interrupted, the same call goes on where it stopped.
+    The files are written whether or not the effect is above chance, and say so. Raises `FindError`
+    or another `InputError` for anything that cannot be used.
+    """
+    finder_class = FINDERS[kind]
+    methods = finder_class.methods
+    chosen = method or methods[0]
+    if chosen not in methods:
+        raise FindError(f"--method {chosen}: {kind} are found by {', '.join(methods)}")
+    finder = finder_class(method=chosen, **options)
+    outputs = Outputs(output, report)
+    folders = [asked.model, *(value for value in options.values() if isinstance(value, Path))]
+    outputs.check(folder for folder in folders if folder.is_dir())
+    lab, prompts = open_lab(asked, finder, outputs.tensors.name, progress)
+    with tempfile.TemporaryDirectory(prefix="surgery-find-") as scratch:
+        found = Search(finder, lab, prompts, Planner(lab, Path(scratch))).run(asked.top)
+    outputs.write(found)
+    lab.journal.close()
+    return found
