@@ -19,7 +19,7 @@ from surgery.differential.corners import Ran
 from surgery.differential.measures import Measure
 from surgery.differential.workload import end_tokens
 from surgery.errors import FindError
-from surgery.evidence import Evidence
+from surgery.evidence import EDITS, Evidence
 from surgery.export import find_task
 from surgery.find.behaviour import ask, changes, observe
 from surgery.metrics import make_metric
