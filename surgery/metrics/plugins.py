@@ -11,9 +11,9 @@ else: no checkpoint, recipe or policy can bring any.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from surgery.errors import EnvironmentFault, SurgeryError, quote
 from surgery.metrics.interface import Metric, Needs
@@ -49,14 +49,15 @@ def find(name: str) -> type[Metric] | None:
     if problem := _problem(name, found):
         raise _broken(_package(entry), name, f"{quote(entry.value)} {problem}")
     # A class of its own, so that the package's stays as it is.
-    return type(found.__name__, (found,), {"origin": _package(entry)})
+    return cast("type[Metric]", type(found.__name__, (found,), {"origin": _package(entry)}))
 
 
 def made(found: type[Metric], given: Sequence[Any]) -> Metric:
     """The class called with what was given; `EnvironmentFault` names the package whose own code
     raises something."""
+    call: Callable[..., Metric] = found
     try:
-        return found(*given)
+        return call(*given)
     except SurgeryError:
         raise
     except Exception as error:
