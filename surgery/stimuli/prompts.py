@@ -86,6 +86,29 @@ class Tokenizer:
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._fast.encode(text).ids)
 
+    def encode_alone(self, text: str) -> tuple[int, ...]:
+        """The tokens of text that follows something, so without special ones."""
+        return tuple(self._fast.encode(text, add_special_tokens=False).ids)
+
+    def split(self, prompt: str, following: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The tokens of both texts written on end, and where the second one begins.
+
+        It begins at the first token that the prompt alone does not have: where a token would
+        reach across, it belongs to what follows. Special tokens at the end are left out.
+        """
+        alone, whole = self._open(prompt), self._open(prompt + following)
+        pairs = enumerate(zip(alone, whole, strict=False))
+        shared = min(len(alone), len(whole))
+        begin = next((number for number, (a, b) in pairs if a != b), shared)
+        return whole[:begin], whole[begin:]
+
+    def _open(self, text: str) -> tuple[int, ...]:
+        """The tokens of text that goes on: with the special ones before it, not those after."""
+        encoded = self._fast.encode(text)
+        added = list(encoded.special_tokens_mask)
+        end = next((n for n in range(len(added), 0, -1) if not added[n - 1]), 0)
+        return tuple(encoded.ids[:end])
+
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._fast.decode(list(ids), skip_special_tokens=True))
 
