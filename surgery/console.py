@@ -361,12 +361,12 @@ def found_text(found: Found, recipe: Path) -> str:
 
 
 def _change_row(what: str, change: Change) -> tuple[str, ...]:
-    interval = "–" if change.low is None else f"{change.low:+.3g} … {change.high:+.3g}"
+    interval = f"{change.low:+.3g} … {change.high:+.3g}" if change.low == change.low else "–"
     return (
         what,
         change.stimulus_set,
         change.metric,
-        str(change.count),
+        f"{change.count:.0f}",
         f"{change.before:.4g}",
         f"{change.after:.4g}",
         f"{change.change:+.3g}",

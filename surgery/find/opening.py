@@ -21,7 +21,7 @@ from surgery.errors import FindError, quote
 from surgery.find.interface import Finder, Goal, Lab
 from surgery.find.journal import Journal
 from surgery.find.search import Prompts
-from surgery.metrics import make_metric
+from surgery.metrics import make_metric, word_lists_of
 from surgery.places import cache_home
 from surgery.runtimes.interface import ModelRef
 from surgery.runtimes.pytorch import TorchRuntime
@@ -65,7 +65,7 @@ def open_lab(asked: Asked, finder: Finder, tensors: str, progress: Progress) -> 
     arch = identify(checkpoint)
     train, holdout = load_stimuli(asked.train), load_stimuli(asked.holdout)
     _refuse_seen(train, holdout)
-    goal = make_goal(asked, train)
+    goal = make_goal(asked, train, holdout)
     scoring, prompts = _split(train, holdout, asked)
     tokenizer = Tokenizer(asked.model) if (asked.model / TOKENIZER).is_file() else None
     runtime = TorchRuntime(ModelRef("torch", asked.model, "causal-lm"), os.cpu_count() or 1)
@@ -86,11 +86,19 @@ def open_lab(asked: Asked, finder: Finder, tensors: str, progress: Progress) -> 
     return lab, prompts
 
 
-def make_goal(asked: Asked, train: Sequence[Stimulus]) -> Goal:
+def make_goal(asked: Asked, train: Sequence[Stimulus], holdout: Sequence[Stimulus]) -> Goal:
     """The metric that is named, else the one that the target prompts' answers suggest: responses
-    in the right language, or the first answer that is named."""
+    in the right language, or the first answer that is named.
+
+    Raises `PolicyError` for a name that is no metric's, `FindError` for one that says nothing about
+    the prompts it shall be chosen or measured by.
+    """
     name = asked.goal or _suggested(train)
-    return Goal(name, make_metric(name), asked.sign)
+    goal = Goal(name, make_metric(name, word_lists_of([name], Path.cwd())), asked.sign)
+    for paths, stimuli in ((asked.train, train), (asked.holdout, holdout)):
+        if not any(goal.metric.applies(s) for s in stimuli if s.set == "target"):
+            raise FindError(f"{_named(paths)}: {quote(name)} says nothing about a target prompt")
+    return goal
 
 
 def _suggested(train: Sequence[Stimulus]) -> str:

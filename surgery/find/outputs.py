@@ -15,6 +15,7 @@ from surgery.checkpoint.staging import refuse_inside
 from surgery.errors import OutputError
 from surgery.find.recipes import recipe_text, save_tensors
 from surgery.find.result import Found
+from surgery.report.model import plain
 
 FOUND = "Found by surgery"
 """How the first line of a recipe of ours begins; files beside such a recipe are ours as well."""
@@ -62,7 +63,7 @@ class Outputs:
             staged = Path(staging)
             texts = {
                 self.table: _table(found),
-                self.figures: json.dumps(found.to_json(), indent=2, ensure_ascii=False) + "\n",
+                self.figures: _json(found),
                 self.recipe: recipe_text(found.proposal, folder, _heading(found)),
             }
             save_tensors(found.proposal, staged / self.tensors.name)
@@ -91,6 +92,10 @@ def _heading(found: Found) -> list[str]:
         f"{random.mean:+.3g} on average, 95 % of them by no more than {bound:+.3g}.",
     ]
     return lines + ([] if found.above_chance else [f"No better than chance: {found.why_not}."])
+
+
+def _json(found: Found) -> str:
+    return json.dumps(plain(found.to_json()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _table(found: Found) -> str:

@@ -18,22 +18,20 @@ QUANTILE = 0.95
 class Change:
     """A metric on one stimulus set of the model before and after an edit.
 
-    `count`: the texts it says something about; `low` and `high`: the 95 % interval of the change,
-    None where there are too few texts for one.
+    `count`: the texts it says something about; `low` and `high`: the 95 % interval of `change`, NaN
+    where there is none, as of fewer than 8 texts. All are NaN where the edit leaves no finite
+    logits.
     """
 
     metric: str
     stimulus_set: str
     unit: str
-    count: int
+    count: float
     before: float
     after: float
-    low: float | None
-    high: float | None
-
-    @property
-    def change(self) -> float:
-        return self.after - self.before
+    change: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -97,8 +95,10 @@ class Found:
             return (
                 f"95 % of random draws stay within {bound:+.3g}, and this is {effect.change:+.3g}"
             )
-        if effect.low is None or effect.high is None:
-            return f"{effect.count} held-out prompts are too few for an interval; give 8 or more"
+        if math.isnan(effect.low):
+            return (
+                f"{effect.count:.0f} held-out prompts are too few for an interval; give 8 or more"
+            )
         if not (effect.low if self.sign > 0 else -effect.high) > 0:
             return f"the 95 % interval {effect.low:+.3g} … {effect.high:+.3g} holds no change"
         return ""
@@ -123,17 +123,13 @@ class Found:
             "chosen": [dict(zip(columns, self.ranking.rows[i], strict=True)) for i in self.chosen],
             "candidates": len(self.ranking.rows),
             "sizes": [asdict(trial) for trial in self.trials],
-            "held_out": _change_json(self.effect),
+            "held_out": asdict(self.effect),
             "random": {
                 "draws": len(self.control.changes),
                 "changes": list(self.control.changes),
                 "mean": self.control.mean,
                 "bound_95": self.control.bound(self.sign),
             },
-            "preserve": [_change_json(cost) for cost in self.costs],
+            "preserve": [asdict(cost) for cost in self.costs],
             "facts": dict(self.ranking.facts),
         }
-
-
-def _change_json(change: Change) -> dict[str, Any]:
-    return {**asdict(change), "change": change.change}

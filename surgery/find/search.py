@@ -13,10 +13,13 @@ from surgery.find.interface import Finder, Goal, Lab, Proposal, Ranking
 from surgery.find.recipes import Planner
 from surgery.find.result import Change, Control, Found, Trial
 from surgery.find.trials import Trials
+from surgery.metrics import Metric, make_metric
 from surgery.stimuli import Stimulus
 
 DRAWS = 20
 """Random edits of equal size that an effect is held against."""
+
+TARGET, PRESERVE = "target", "preserve"
 
 COSTS = ("kl", "nll")
 """What is measured on the preserve set besides the goal."""
@@ -58,7 +61,7 @@ class Search:
             raise FindError(f"--top {size}: there are {len(ranking.rows)} {finder.kind}")
         chosen = tuple(range(size))
         proposal = finder.propose(lab, ranking, chosen)
-        held_out = Trials(lab, self.prompts.holdout, (lab.goal.name,))
+        held_out = Trials.of(lab, self.prompts.holdout, TARGET, {lab.goal.name: lab.goal.metric})
         return Found(
             finder.kind,
             finder.method,
@@ -77,21 +80,20 @@ class Search:
         """The change of the goal with each number of candidates there can be."""
         goal = self.lab.goal
         sizes = [size for size in self.finder.sizes if size <= len(ranking.rows)]
-        trials = Trials(self.lab, self.prompts.validation, (goal.name, *_finer(goal)))
+        metrics = {goal.name: goal.metric, **_finer(goal)}
+        trials = Trials.of(self.lab, self.prompts.validation, TARGET, metrics)
         found = []
         for done, size in enumerate(sizes):
             self.lab.progress("how many", done, len(sizes))
             plan = self.planner.plan(self.finder.propose(self.lab, ranking, range(size)))
             changes = {change.metric: change.change for change in trials.changes(plan)}
-            finer = next((changes[name] for name in _finer(goal) if name in changes), None)
-            found.append(Trial(size, changes.get(goal.name, math.nan), finer))
+            finer = next((changes[name] for name in _finer(goal)), None)
+            found.append(Trial(size, changes[goal.name], finer))
         return tuple(found)
 
     def _effect(self, held_out: Trials, proposal: Proposal) -> Change:
-        goal = self.lab.goal
-        changes = held_out.changes(self.planner.plan(proposal))
-        nothing = Change(goal.name, "target", goal.metric.unit, 0, math.nan, math.nan, None, None)
-        return changes[0] if changes else nothing
+        (effect,) = held_out.changes(self.planner.plan(proposal))
+        return effect
 
     def _control(self, ranking: Ranking, chosen: tuple[int, ...], held_out: Trials) -> Control:
         changes = []
@@ -104,14 +106,16 @@ class Search:
 
     def _costs(self, proposal: Proposal) -> tuple[Change, ...]:
         self.lab.progress("cost", 0, 1)
-        names = tuple(dict.fromkeys((*COSTS, self.lab.goal.name)))
-        trials = Trials(self.lab, self.prompts.preserve, names)
+        goal = self.lab.goal
+        metrics = {**{name: make_metric(name) for name in COSTS}, goal.name: goal.metric}
+        trials = Trials.of(self.lab, self.prompts.preserve, PRESERVE, metrics)
         return trials.changes(self.planner.plan(proposal))
 
 
-def _finer(goal: Goal) -> tuple[str, ...]:
+def _finer(goal: Goal) -> dict[str, Metric]:
     """What decides between equal rates: the answer's own log-probability."""
-    return (f"answer_logprob:{goal.argument}",) if goal.name.startswith("answer_rate:") else ()
+    name = f"answer_logprob:{goal.argument}"
+    return {name: make_metric(name)} if goal.name.startswith("answer_rate:") else {}
 
 
 def _best(trials: Sequence[Trial], goal: Goal) -> Trial:

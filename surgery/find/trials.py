@@ -3,72 +3,97 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
-from surgery.differential.effects import Scores, change_bounds
-from surgery.find.behaviour import observe
+from surgery.differential.effects import Observation
+from surgery.differential.measures import Measure
+from surgery.differential.workload import Workload, end_tokens
+from surgery.errors import FindError
+from surgery.evidence import EDITS
+from surgery.find.behaviour import Behaviour, ask, changes, observe
 from surgery.find.interface import Lab
 from surgery.find.recipes import planted
 from surgery.find.result import Change
-from surgery.metrics import Metric, make_metric
+from surgery.metrics import Metric
 from surgery.plan import Plan
 from surgery.stimuli import Stimulus
 
+Metrics = Mapping[str, Metric]
+"""By the name a policy gives each."""
+
 CONFIDENCE = 0.95
-PARTS = ("total", "scores", "weights")
+NUMBERS = ("count", "before", "after", "change", "low", "high")
+"""Fields of a `Change`, as the journal keeps them."""
 
 
 @dataclass(frozen=True)
 class Trials:
-    """Measures edits on one set of prompts by some metrics, each named as in a policy."""
+    """Measures edits on prompts by metrics, each of which says something about one of them."""
 
     lab: Lab
     stimuli: tuple[Stimulus, ...]
-    names: tuple[str, ...]
+    measures: tuple[Measure, ...]
 
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        return tuple(make_metric(name) for name in self.names)
-
-    def scores(self, plan: Plan | None) -> dict[str, Scores]:
-        """By metric, of the model as it is or with the plan's edits; a metric that says nothing
-        about these prompts has a NaN for its total."""
-        kept = self.lab.journal.arrays(
-            self._name(plan),
-            lambda: {
-                f"{number}/{part}": np.asarray(getattr(scores, part))
-                for number, scores in enumerate(self._measure(plan))
-                for part in PARTS
-            },
-        )
-        parts = [[kept[f"{number}/{part}"] for part in PARTS] for number in range(len(self.names))]
-        return {
-            name: Scores(float(total), scores, weights)
-            for name, (total, scores, weights) in zip(self.names, parts, strict=True)
-        }
+    @classmethod
+    def of(
+        cls, lab: Lab, stimuli: tuple[Stimulus, ...], stimulus_set: str, metrics: Metrics
+    ) -> Trials:
+        """Trials on one set of the prompts, by those metrics that say something about them."""
+        own = tuple(stimulus for stimulus in stimuli if stimulus.set == stimulus_set)
+        measures = (Measure(name, stimulus_set, metric) for name, metric in metrics.items())
+        return cls(lab, own, tuple(m for m in measures if any(map(m.metric.applies, own))))
 
     def changes(self, plan: Plan) -> tuple[Change, ...]:
-        """Before and after, of each metric that says something about these prompts."""
-        before, after = self.scores(None), self.scores(plan)
-        found = (self._change(name, before[name], after[name]) for name in self.names)
-        return tuple(change for change in found if not math.isnan(change.before))
+        """Of each of `measures`, before and after; NaN where the edit leaves no finite logits."""
+        kept = self.lab.journal.array(self._name(plan), lambda: self._numbers(plan))
+        return tuple(
+            Change(
+                own.name, own.stimulus_set, own.metric.unit, **dict(zip(NUMBERS, row, strict=True))
+            )
+            for own, row in zip(self.measures, kept.tolist(), strict=True)
+        )
 
-    def _change(self, name: str, before: Scores, after: Scores) -> Change:
-        metric = make_metric(name)
-        count = sum(map(metric.applies, self.stimuli))
-        low, high = change_bounds(before, after, CONFIDENCE) or (None, None)
-        own = "+".join(sorted({stimulus.set for stimulus in self.stimuli}))
-        return Change(name, own, metric.unit, count, before.total, after.total, low, high)
+    def _numbers(self, plan: Plan) -> NDArray[np.float64]:
+        before = self._before
+        try:
+            with planted(self.lab, plan):
+                after = observe(self.lab.runtime, self._workload, before)
+        except FindError:
+            return np.full((len(self.measures), len(NUMBERS)), math.nan)
+        return np.array([_row(own) for own in changes(before, after)], np.float64)
 
-    def _measure(self, plan: Plan | None) -> list[Scores]:
-        with planted(self.lab, plan) if plan else nullcontext():
-            return observe(self.lab, self.stimuli, self.metrics)
+    @cached_property
+    def _before(self) -> Behaviour:
+        return observe(self.lab.runtime, self._workload)
 
-    def _name(self, plan: Plan | None) -> str:
+    @cached_property
+    def _workload(self) -> Workload:
+        lab = self.lab
+        return ask(
+            lab.tokenizer,
+            self.stimuli,
+            self.measures,
+            vocab=lab.arch.sizes["vocab"],
+            positions=lab.arch.sizes["positions"],
+            eos=end_tokens(lab.checkpoint),
+        )
+
+    def _name(self, plan: Plan) -> str:
         """What the journal calls a measurement: prompts, metrics, and what the edits read."""
         ids = ",".join(stimulus.id for stimulus in self.stimuli)
-        edits = (plan.recipe.sha256, sorted(plan.inputs.items())) if plan else ()
-        return f"{ids} {self.names} {edits}"
+        names = [measure.name for measure in self.measures]
+        return f"{ids} {names} {plan.recipe.sha256} {sorted(plan.inputs.items())}"
+
+
+def _row(own: Observation) -> tuple[float, ...]:
+    """`NUMBERS` of an observation; NaN for an interval there is none of."""
+    effect = own.effect()
+    before, after = (effect.corners[name] for name in EDITS["T"])
+    interval = next((i for i in own.intervals(CONFIDENCE) if i.pair == "T"), None)
+    low, high = (interval.low, interval.high) if interval else (math.nan, math.nan)
+    return own.count, before, after, effect.change("T"), low, high
