@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         repro,
         revert,
         schema,
+        sweep_strength,
         validate,
         verify,
     )
@@ -54,6 +55,7 @@ __all__ = [
     "repro",
     "revert",
     "schema",
+    "sweep_strength",
     "validate",
     "verify",
 ]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
 from surgery.cli.group import cli
-from surgery.cli.options import PATH, json_option, model_option
-from surgery.cli.output import echo_json
+from surgery.cli.options import PATH, json_option, model_option, outside_option
+from surgery.cli.output import echo_json, json_text, write_text
 
 INPUTS = (
     model_option,
@@ -32,9 +34,18 @@ INPUTS = (
     ),
 )
 
+GOAL = (
+    click.option(
+        "--raise",
+        "raised",
+        metavar="METRIC",
+        help="What there shall be more of (default: the first answers that prompts name).",
+    ),
+    click.option("--lower", "lowered", metavar="METRIC", help="What there shall be less of."),
+)
+
 CHOICES = (
-    click.option("--raise", "raised", metavar="METRIC", help="What the edit shall make more of."),
-    click.option("--lower", "lowered", metavar="METRIC", help="What it shall make less of."),
+    *GOAL,
     click.option(
         "--top",
         type=click.IntRange(min=1),
@@ -77,11 +88,15 @@ def shared(*methods: str) -> Callable[[Any], Any]:
     )
 
     def decorate(command: Any) -> Any:
-        for option in reversed((*INPUTS, method, *CHOICES)):
-            command = option(command)
-        return command
+        return _with(command, *INPUTS, method, *CHOICES)
 
     return decorate
+
+
+def _with(command: Any, *options: Any) -> Any:
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 @find.command()
@@ -104,10 +119,88 @@ def heads(**given: Any) -> None:
 
 def _run(kind: str, **given: Any) -> None:
     from surgery.api import find as run
-    from surgery.console import found_text, rows_bar
+    from surgery.console.finds import found_text
+    from surgery.console.progress import rows_bar
 
     output, json = given["output"], given.pop("json")
     with rows_bar() as progress:
         found = run(kind, progress=progress, **given)
     echo_json(found.to_json()) if json else click.echo(found_text(found, output))
     sys.exit(0 if found.above_chance else 1)
+
+
+class Numbers(click.ParamType[tuple[float, ...]]):
+    """Numbers with commas between them."""
+
+    name = "numbers"
+
+    def __init__(self, kind: type[int] | type[float], least: float) -> None:
+        self._kind, self._least = kind, least
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
+        try:
+            found = tuple(self._kind(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not numbers with commas between them", param, ctx)
+        if not all(self._least <= number < math.inf for number in found):
+            self.fail(f"{value!r}: expected {self._least:g} or more, and finite", param, ctx)
+        return found
+
+
+@cli.command("sweep-strength")
+@click.argument("recipe", type=PATH)
+@model_option
+@click.option(
+    "--stimuli",
+    type=PATH,
+    multiple=True,
+    required=True,
+    metavar="FILE",
+    help="Prompts: set target shows the effect, preserve the cost; repeatable.",
+)
+@GOAL[0]
+@GOAL[1]
+@click.option(
+    "--strengths",
+    type=Numbers(float, 0.0),
+    metavar="S,S…",
+    help="1 is the recipe as it is, 0 nothing of it (default: 0.25 to 1.5, without --top).",
+)
+@click.option(
+    "--top",
+    "tops",
+    type=Numbers(int, 1),
+    metavar="K,K…",
+    help="Only the first K addresses of each edit.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@outside_option
+@click.option("--report", type=PATH, metavar="FILE", help="Write JSON there.")
+@click.option("--html", type=PATH, metavar="FILE", help="Write the table and its picture there.")
+@json_option
+def sweep_strength(
+    recipe: Path, report: Path | None, html: Path | None, json: bool, **given: Any
+) -> None:
+    """Measure effect and cost of a recipe by strength or number; propose the knee.
+
+    Exit 1 where no setting moves the goal as wanted.
+
+    Example: surgery sweep-strength r.yaml --model model/ --stimuli target.jsonl --html sweep.html
+    """
+    from surgery.api import sweep_strength as run
+    from surgery.console.finds import sweep_text
+    from surgery.console.progress import rows_bar
+    from surgery.find.sweep_page import sweep_html
+    from surgery.report.place import check_place
+
+    inputs = (recipe, *given["stimuli"])
+    for target in filter(None, (report, html)):
+        check_place(target, inputs, [given["model"]])
+    with rows_bar() as progress:
+        found = run(recipe, progress=progress, **given)
+    if report:
+        write_text(report, json_text(found.to_json()))
+    if html:
+        write_text(html, sweep_html(found, recipe.name))
+    echo_json(found.to_json()) if json else click.echo(sweep_text(found))
+    sys.exit(1 if found.knee is None else 0)

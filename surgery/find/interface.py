@@ -102,6 +102,7 @@ class Proposal:
     entries: tuple[Entry, ...]
     tensors: Mapping[str, Array] = field(default_factory=dict)
     untie: bool = False
+    allow_overlap: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from surgery import __version__
 from surgery.arch import identify
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.files import sha256_file
@@ -61,55 +60,75 @@ def open_lab(asked: Asked, finder: Finder, tensors: str, progress: Progress) -> 
     `tensors` is the name of the safetensors file beside the recipe. Raises the `InputError` of
     anything that cannot be used.
     """
-    checkpoint = Checkpoint.open(asked.model)
-    arch = identify(checkpoint)
     train, holdout = load_stimuli(asked.train), load_stimuli(asked.holdout)
     _refuse_seen(train, holdout)
-    goal = make_goal(asked, train, holdout)
+    named = ((asked.train, train), (asked.holdout, holdout))
+    goal = make_goal(asked.goal or suggested(train), asked.sign, named)
     scoring, prompts = _split(train, holdout, asked)
+    options = [(field.name, _stamp(getattr(finder, field.name))) for field in fields(finder)]
+    stimuli = [sha256_file(path) for path in (*asked.train, *asked.holdout)]
+    key = (finder.kind, options, stimuli, asked.top)
+    return make_lab(asked, scoring, goal, tensors, key, progress), prompts
+
+
+def make_lab(
+    asked: Asked,
+    train: tuple[Stimulus, ...],
+    goal: Goal,
+    tensors: str,
+    key: Any,
+    progress: Progress,
+) -> Lab:
+    """The live model; the journal is that of the model's files by size and time, of what is asked,
+    and of `key`, which names all else that the work depends on."""
+    checkpoint = Checkpoint.open(asked.model)
+    arch = identify(checkpoint)
     tokenizer = Tokenizer(asked.model) if (asked.model / TOKENIZER).is_file() else None
     runtime = TorchRuntime(ModelRef("torch", asked.model, "causal-lm"), os.cpu_count() or 1)
-    journal = Journal(cache_home() / "find" / _digest(asked, finder, goal, checkpoint))
-    lab = Lab(
+    weights = [_stamp(checkpoint.path(file)) for file in checkpoint.weight_files]
+    own = (str(asked.model.resolve()), weights, goal.name, goal.sign, asked.seed, asked.budget, key)
+    digest = hashlib.sha256(repr((version("weight-surgery"), own)).encode()).hexdigest()[:32]
+    return Lab(
         checkpoint,
         arch,
         runtime,
         tokenizer,
-        scoring,
+        train,
         goal,
         asked.seed,
         asked.budget,
         tensors,
-        journal,
+        Journal(cache_home() / "find" / digest),
         progress,
     )
-    return lab, prompts
 
 
-def make_goal(asked: Asked, train: Sequence[Stimulus], holdout: Sequence[Stimulus]) -> Goal:
-    """The metric that is named, else the one that the target prompts' answers suggest: responses
-    in the right language, or the first answer that is named.
+def make_goal(
+    name: str, sign: int, prompts: Iterable[tuple[Sequence[Path], Sequence[Stimulus]]]
+) -> Goal:
+    """The goal by a metric's name; files that it mentions lie in the working folder.
 
     Raises `PolicyError` for a name that is no metric's, `FindError` for one that says nothing about
-    the prompts it shall be chosen or measured by.
+    some of the prompts, which come with the files they are from.
     """
-    name = asked.goal or _suggested(train)
-    goal = Goal(name, make_metric(name, word_lists_of([name], Path.cwd())), asked.sign)
-    for paths, stimuli in ((asked.train, train), (asked.holdout, holdout)):
+    goal = Goal(name, make_metric(name, word_lists_of([name], Path.cwd())), sign)
+    for paths, stimuli in prompts:
         if not any(goal.metric.applies(s) for s in stimuli if s.set == "target"):
             raise FindError(f"{_named(paths)}: {quote(name)} says nothing about a target prompt")
     return goal
 
 
-def _suggested(train: Sequence[Stimulus]) -> str:
-    answers = next((s.answers for s in train if s.set == "target" and s.answers), None)
+def suggested(stimuli: Sequence[Stimulus]) -> str:
+    """The metric that the target prompts' answers suggest: responses in the right language, or the
+    first answer that is named. Raises `FindError` where they have none."""
+    answers = next((s.answers for s in stimuli if s.set == "target" and s.answers), None)
     if not answers:
         raise FindError(
             "no target prompt has answers, so nothing says what to move: name a metric by "
             "--raise or --lower"
         )
     first = next(iter(answers))
-    languages = {code for s in train for code in (s.answers or {}).get("language", ())}
+    languages = {code for s in stimuli for code in (s.answers or {}).get("language", ())}
     if first == "language":
         return f"line_pass_rate:{','.join(sorted(languages))}"
     return f"answer_rate:{first}"
@@ -137,7 +156,7 @@ def _split(
     wanted = tuple(stimulus for stimulus in holdout if stimulus.set == "target")
     if not wanted:
         raise FindError(f"{_named(asked.holdout)}: holds no stimulus of set target")
-    preserve = tuple(s for s in holdout if s.set == "preserve") or _sentences()
+    preserve = preserved(holdout)
     own = [stimulus for stimulus in train if stimulus.set == "target"]
     count = 0 if asked.top is not None else len(own) // VALIDATION
     if not own or (asked.top is None and count < LEAST):
@@ -156,29 +175,17 @@ def _named(paths: Sequence[Path]) -> str:
     return ", ".join(map(str, paths))
 
 
+def preserved(stimuli: Sequence[Stimulus]) -> tuple[Stimulus, ...]:
+    """Those of set preserve; plain text in many languages where there are none."""
+    return tuple(stimulus for stimulus in stimuli if stimulus.set == "preserve") or _sentences()
+
+
 def _sentences() -> tuple[Stimulus, ...]:
-    """Plain text to see a cost on, where the user has no preserve set."""
     lines = files("surgery.stimuli").joinpath("sentences.txt").read_text(encoding="utf-8")
     return tuple(
         Stimulus(f"sentence-{number}", "preserve", line)
         for number, line in enumerate(lines.splitlines())
     )
-
-
-def _digest(asked: Asked, finder: Finder, goal: Goal, checkpoint: Checkpoint) -> str:
-    """A name for this very search: the model's files by size and time, prompts by content."""
-    options = {field.name: _stamp(getattr(finder, field.name)) for field in fields(finder)}
-    weights = [_stamp(checkpoint.path(file)) for file in checkpoint.weight_files]
-    facts: Mapping[str, Any] = {
-        "version": __version__,
-        "model": str(asked.model.resolve()),
-        "weights": weights,
-        "stimuli": [sha256_file(path) for path in (*asked.train, *asked.holdout)],
-        "finder": [finder.kind, options],
-        "goal": [goal.name, goal.sign],
-        "rest": [asked.top, asked.seed, asked.budget],
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _stamp(value: Any) -> str:

@@ -8,9 +8,9 @@ import json
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-from surgery import __version__
 from surgery.checkpoint.staging import refuse_inside
 from surgery.errors import OutputError
 from surgery.find.recipes import recipe_text, save_tensors
@@ -84,10 +84,11 @@ def _is_ours(recipe: Path) -> bool:
 def _heading(found: Found) -> list[str]:
     effect, random = found.effect, found.control
     bound = random.bound(found.sign)
+    ours = f"{FOUND} {version('weight-surgery')}"
     lines = [
-        f"{FOUND} {__version__}: {found.kind}, method {found.method}, to {found.direction} "
-        f"{effect.metric}, seed {found.seed}.",
-        f"On {effect.count} held-out prompts {effect.metric} went from {effect.before:.4g} to "
+        f"{ours}: {found.kind}, method {found.method}, to {found.direction} {effect.metric}, "
+        f"seed {found.seed}.",
+        f"On {effect.count:.0f} held-out prompts {effect.metric} went from {effect.before:.4g} to "
         f"{effect.after:.4g}; {len(random.changes)} random edits of equal size changed it by "
         f"{random.mean:+.3g} on average, 95 % of them by no more than {bound:+.3g}.",
     ]

@@ -26,8 +26,9 @@ def recipe_text(proposal: Proposal, folder: Path | None, heading: Sequence[str] 
     from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
     document = CommentedMap(schema=1)
-    if proposal.untie:
-        document["untie"] = True
+    for flag in ("untie", "allow_overlap"):
+        if getattr(proposal, flag):
+            document[flag] = True
     document["edits"] = CommentedSeq()
     for entry in proposal.entries:
         row = CommentedMap((key, _placed(value, folder)) for key, value in entry.items())

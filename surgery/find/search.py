@@ -106,10 +106,14 @@ class Search:
 
     def _costs(self, proposal: Proposal) -> tuple[Change, ...]:
         self.lab.progress("cost", 0, 1)
-        goal = self.lab.goal
-        metrics = {**{name: make_metric(name) for name in COSTS}, goal.name: goal.metric}
+        metrics = cost_metrics(self.lab.goal)
         trials = Trials.of(self.lab, self.prompts.preserve, PRESERVE, metrics)
         return trials.changes(self.planner.plan(proposal))
+
+
+def cost_metrics(goal: Goal) -> dict[str, Metric]:
+    """What is measured on the preserve set: how far it moves, and the goal itself."""
+    return {**{name: make_metric(name) for name in COSTS}, goal.name: goal.metric}
 
 
 def _finer(goal: Goal) -> dict[str, Metric]:
