@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from surgery.errors import StimuliError, quote
 from surgery.metrics import Metric, make_metric
+from surgery.metrics.interface import POSITIONS
 from surgery.metrics.languages import ANSWER as LANGUAGE
 from surgery.policy import Policy
 from surgery.stimuli import Stimulus
@@ -49,6 +50,16 @@ def _suggested(stimuli: Sequence[Stimulus], stimulus_set: str) -> Iterator[str]:
 
 def _languages(stimuli: Sequence[Stimulus]) -> list[str]:
     return sorted({code for s in stimuli for code in (s.answers or {}).get(LANGUAGE, ())})
+
+
+def needs_words(stimuli: Sequence[Stimulus], measures: Sequence[Measure]) -> bool:
+    """Whether a response or an answer is asked for, which takes a tokenizer."""
+    return any(
+        measure.stimulus_set == stimulus.set and measure.metric.applies(stimulus)
+        for measure in measures
+        if measure.metric.needs not in POSITIONS
+        for stimulus in stimuli
+    )
 
 
 def responders_of(

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field, replace
 from surgery.arch import Architecture
 from surgery.checkpoint import Checkpoint
 from surgery.differential.answers import ForcedAnswer, forced_answers
-from surgery.differential.measures import Measure, measures_of, responders_of
+from surgery.differential.measures import Measure, measures_of, needs_words, responders_of
 from surgery.errors import NothingCompared, StimuliError
 from surgery.export.tasks import Task
-from surgery.metrics.interface import POSITIONS
 from surgery.metrics.intervals import LEVELS
 from surgery.policy import Policy
 from surgery.runtimes.child import Generation
@@ -112,8 +111,7 @@ def make_workload(
     vocab, positions = arch.sizes["vocab"], arch.sizes["positions"]
     measures = tuple(measures_of(stimuli, policy)) if task.causal else ()
     prompted = any(stimulus.prompt is not None for stimulus in stimuli)
-    worded = any(measure.metric.needs not in POSITIONS for measure in measures)
-    tokenizer = Tokenizer(model.root) if prompted or worded else None
+    tokenizer = Tokenizer(model.root) if prompted or needs_words(stimuli, measures) else None
     tokens = tokens_of(stimuli, tokenizer, vocab, positions)
     width = _position_bytes(arch, task) // 2
     parameters = _parameters(model)

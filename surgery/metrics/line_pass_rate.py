@@ -15,6 +15,7 @@ from __future__ import annotations
 import string
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import cache
 
 DETECTOR = "py3langid, normalised probabilities"
 UNKNOWN = "unknown"
@@ -79,17 +80,22 @@ def counted_lines(
 def langid_detector(languages: Collection[str] | None = None) -> Detector:
     """A py3langid detector that chooses among ``languages`` (ISO 639-1; None: all it knows).
 
-    Each detector has its own copy of the model, so that two of unlike languages do not disturb
-    each other. Loading takes about a second: make one and pass it on.
+    Each choice of languages has its own copy of the model, so that two do not disturb each other;
+    loading takes about a second, and is done once.
 
     Raises:
         ValueError: a language py3langid does not know.
     """
+    return _langid_detector(None if languages is None else tuple(sorted(set(languages))))
+
+
+@cache
+def _langid_detector(languages: tuple[str, ...] | None) -> Detector:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
     if languages is not None:
-        identifier.set_languages(sorted(languages))
+        identifier.set_languages(list(languages))
 
     def detect(line: str) -> tuple[str, float]:
         language, probability = identifier.classify(line)

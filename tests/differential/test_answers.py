@@ -18,6 +18,7 @@ from surgery.errors import StimuliError
 from surgery.export import find_task
 from surgery.metrics import make_metric
 from surgery.policy import BUILT_IN, Policy, TargetRule
+from surgery.runtimes.child import Outcome
 from surgery.stimuli import Stimulus
 from surgery.stimuli.prompts import Tokenizer
 
@@ -111,6 +112,15 @@ def test_log_probabilities_come_back_by_stimulus_and_answer() -> None:
     }
     with pytest.raises(ValueError, match="shorter"):
         logprobs_of(own.answers, rows[:3])
+
+
+def test_a_later_round_adds_its_answers() -> None:
+    rounds = []
+    for continuations in ([], [[-1.0]]):
+        result = {"batches": [], "generations": [], "continuations": continuations, "busy": 1.0}
+        rounds.append(Outcome("ok", "", 1.0, 1, 1, Path(), result=result))
+    first, second = rounds
+    assert first.then(second).continuations() == ((-1.0,),)
 
 
 def test_what_rules_need_still_runs_once_a_fault_is_certain() -> None:

@@ -67,14 +67,14 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """Every third prompt of the fixture, `remember.yaml`, its policy and more rules."""
+    """Every sixth prompt of the fixture, `remember.yaml`, its policy and more rules."""
     root = tmp_path_factory.mktemp("behaviour")
     api.apply(FIXTURE / "remember.yaml", FIXTURE, root / "edited")
     base = Checkpoint.open(FIXTURE)
     files = [FIXTURE / "stimuli" / f"{name}.jsonl" for name in ("target", "preserve")]
     policy = load_policy(FIXTURE / "remember.policy.yaml")
     policy = policy.model_copy(update={"target": (*policy.target, *MORE)})
-    stimuli = load_stimuli(files)[::3]
+    stimuli = load_stimuli(files)[::6]
     workload = make_workload(base, identify(base), TASK, stimuli, policy)
     prompts = tuple(b for b in workload.batches if b.stimulus_set != "probe")
     workload = replace(workload, batches=prompts)
@@ -119,13 +119,12 @@ def test_effects_and_intervals_are_those_of_the_differential_to_the_bit(case: Ca
 
 
 def test_the_edit_of_the_fixture_does_what_its_policy_asks(case: Case) -> None:
-    own = {effect.metric: effect.change("T") for effect in case.evidence.effects}
-    assert own["answer_rate:remembered"] >= 0.4
-    assert own["answer_logprob:remembered"] > 0.5
-    assert 0 < own["kl"] < 0.02
-    effects = case.evidence.effects
-    [nll] = [e for e in effects if (e.metric, e.stimulus_set) == ("nll", "preserve")]
-    assert own["perplexity"] == pytest.approx(math.expm1(nll.change("T")))
+    own = {(e.metric, e.stimulus_set): e.change("T") for e in case.evidence.effects}
+    assert own["answer_rate:remembered", "target"] >= 0.4
+    assert own["answer_logprob:remembered", "target"] > 0.5
+    assert 0 < own["kl", "preserve"] < 0.02
+    nll = own["nll", "preserve"]
+    assert own["perplexity", "preserve"] == pytest.approx(math.expm1(nll))
 
 
 def test_larger_groups_write_the_same_responses(case: Case) -> None:
