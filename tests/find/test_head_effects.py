@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,18 @@ OUTPUTS = {
 }
 """The output projection of attention, by transformers' own names; elsewhere as in Llama."""
 LIKE_LLAMA = "model.layers.{}.self_attn.o_proj"
+
+MLPS = {
+    "gpt2": "transformer.h.{}.mlp",
+    "gptj": "transformer.h.{}.mlp",
+    "falcon": "transformer.h.{}.mlp.dense_4h_to_h",
+    "bloom": "transformer.h.{}.mlp.dense_4h_to_h",
+    "gpt_neox": "gpt_neox.layers.{}.mlp",
+    "mpt": "transformer.blocks.{}.ffn.down_proj",
+    "opt": "model.decoder.layers.{}.fc2",
+}
+"""Whose output is what the MLP gives, before any norm or sum; elsewhere as in Llama."""
+MLP_LIKE_LLAMA = "model.layers.{}.mlp"
 
 Rewrite = Callable[[int, Any], Any]
 
@@ -93,6 +106,25 @@ class Case:
             return value
 
         return self.logits(inputs, keep), z
+
+    @contextmanager
+    def mlps_held(self) -> Iterator[None]:
+        """While entered, every MLP gives what it gives on the clean prompts."""
+        path = MLPS.get(family_of(self.name), MLP_LIKE_LLAMA)
+        mlps = [self.model.get_submodule(path.format(n)) for n in range(self.layers)]
+        seen: dict[Any, Any] = {}
+
+        def keep(module: Any, given: Any, out: Any) -> None:
+            seen[module] = out.clone()  # falcon adds to it in place
+
+        hooks = [m.register_forward_hook(keep) for m in mlps]
+        self.recorded(self.clean)
+        for handle in hooks:
+            handle.remove()
+        hooks = [m.register_forward_hook(lambda m, *_: seen[m].clone()) for m in mlps]
+        yield
+        for handle in hooks:
+            handle.remove()
 
     def exchange(self, where: slice) -> Callable[[int, int], Any]:
         """Of a layer and a head, the change of the logits [3, 7, 2] where the head's output at
@@ -202,6 +234,18 @@ def _part_of_the_way(contrast: Contrast, step: float) -> Contrast:
     pairs = zip(contrast.clean.z, contrast.corrupted.z, strict=True)
     near = tuple(clean + step * (corrupted - clean) for clean, corrupted in pairs)
     return Contrast(contrast.clean, type(contrast.clean)(near, (), ()), contrast.tokens)
+
+
+def test_every_heads_direct_effect_is_that_of_the_whole_model_with_mlps_held(case: Case) -> None:
+    change = case.exchange(slice(-1, None))
+    patching = Patching(case.model, case.arch)
+    found = direct(patching, case.contrast(patching), budget=7)
+    assert np.abs(found).max() > 0.01
+    with case.mlps_held():
+        for layer in range(case.layers):
+            for head in range(case.heads):
+                wanted = change(layer, head)[:, -1]
+                np.testing.assert_allclose(found[layer, :, head], wanted, rtol=0, atol=TOLERANCE)
 
 
 def test_with_no_mlp_after_it_a_heads_direct_effect_is_its_whole_one(case: Case) -> None:
