@@ -128,7 +128,7 @@ def make_workload(
     kept = within_budget(batches, 2 * width, budget, seed)
     measures = tuple(_measures(stimuli, policy)) if task.causal else ()
     responders = _responders(stimuli, measures, tokens, tokenizer, positions)
-    ends = _end_tokens(model)
+    ends = end_tokens(model)
     return Workload(
         stimuli,
         tuple(kept),
@@ -245,7 +245,8 @@ def _new_tokens(
     )
 
 
-def _end_tokens(model: Checkpoint) -> tuple[int, ...]:
+def end_tokens(model: Checkpoint) -> tuple[int, ...]:
+    """The tokens that end a response, by the config."""
     ends = model.config.get("eos_token_id")
     listed = ends if isinstance(ends, list) else [ends]
     return tuple(end for end in listed if type(end) is int)
