@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,7 +33,7 @@ ONE_OF_EACH = [
     ("interface", "NaN under padding", "left out"),
     ("interface", "impossible shape", "Reshape 'logits' left out"),
 ]
-MODELS = ("llama", "gpt2", "gemma2")
+MODELS = ("llama", "gpt2", "gemma2", "llama with cache")
 FILES = {
     "README.md", "expected.npz", "failing.onnx", "inputs.npz", "passing.onnx", "repro.py",
     "versions.json",
@@ -77,19 +78,39 @@ def test_a_fault_of_each_class_fails_alone(
     assert bundles[0].nodes < 45
 
 
+CACHES = [
+    ("key cache one off", "key", "Concat 'present.0.key' left out"),
+    ("value cache missing", "value", "the same part of a fresh export"),
+]
+
+
+@pytest.mark.parametrize(("fault", "part", "changed"), CACHES)
+def test_a_fault_of_a_cache_fails_alone(
+    bases: Bases, tmp_path: Path, fault: str, part: str, changed: str
+) -> None:
+    """As the output that leaves the cache to the next run, over PyTorch's caches where it is what
+    is made of those that is wrong."""
+    found = made(bases("llama with cache"), "cache", fault, tmp_path / "out")
+    (bundle,) = shown(found, tmp_path / "out")
+    assert bundle.site == f"present.0.{part}"
+    assert changed in bundle.changed
+    assert bundle.nodes < 20
+
+
 @pytest.mark.campaign
 @pytest.mark.parametrize(("kind", "fault"), list(names()))
 def test_every_seeded_fault_fails_alone(
     bases: Bases, tmp_path: Path, kind: str, fault: str
 ) -> None:
-    """On the first model in which it does anything."""
-    for name in MODELS:
+    """On the first model, and in its first layer, in which it does anything."""
+    for name, layer in product(MODELS, (0, 1)):
+        output = tmp_path / f"{name} {layer}"
         try:
-            found = made(bases(name), kind, fault, tmp_path / name)
+            found = made(bases(name), kind, fault, output, layer)
         except (Unfit, StopIteration):
             continue
         if found.verdict == "fail":
-            shown(found, tmp_path / name)
+            shown(found, output)
             return
     pytest.fail("no model shows it")
 
