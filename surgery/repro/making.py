@@ -108,11 +108,12 @@ class Reproducer:
 
     def _told(self, finding: Finding, batch: Batch) -> dict[str, str]:
         split = f", from position {batch.split} on, over PyTorch's caches of those before"
+        whole = ", all positions at once" if self.task.cache else ""
         return {
             "fingerprint": fingerprint(finding),
             "where": f"{finding.stage}: {finding.symptom} at {finding.site}",
             "message": self._without_places(finding.message),
-            "batch": batch.name + (split if batch.split else ""),
+            "batch": batch.name + (split if batch.split else whole),
         }
 
     def _without_places(self, text: str) -> str:
