@@ -70,6 +70,26 @@ CHOICES = (
 )
 
 
+bad_option = click.option(
+    "--bad", metavar="NAME", help="The answers' name of those unwanted (default: by the goal)."
+)
+
+
+approximate_option = click.option(
+    "--approximate", is_flag=True, help="Also where norms rescale what is written."
+)
+
+
+def position_option(default: str) -> Callable[[Any], Any]:
+    return click.option(
+        "--position",
+        type=click.Choice(["last", "mean"]),
+        default=default,
+        show_default=True,
+        help="The last token of a prompt, or the mean over all.",
+    )
+
+
 @cli.group()
 def find() -> None:
     """Find what to edit, by the methods of published research, and write it as a recipe.
@@ -115,6 +135,130 @@ def heads(**given: Any) -> None:
     Example: surgery find heads --model model/ --train a.jsonl --holdout b.jsonl --output r.yaml
     """
     _run("heads", **given)
+
+
+@find.command()
+@shared("attribution", "ablation", "gradient", "auroc")
+@click.option("--tuned", type=PATH, metavar="DIR", help="A sibling that behaves as it should.")
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="How far responses are followed.",
+)
+@click.option(
+    "--languages", metavar="CODES", help="Of responses, as de,fr (default: those prompts name)."
+)
+def neurons(languages: str | None, **given: Any) -> None:
+    """MLP neurons, by what they add at points of language confusion (arXiv 2505.16538).
+
+    Example: surgery find neurons --model m/ --tuned t/ --train a.jsonl --holdout b.jsonl
+    --output r.yaml
+    """
+    _run("neurons", languages=tuple(languages.split(",")) if languages else (), **given)
+
+
+@find.command()
+@shared("difference", "attribution", "direct")
+@click.option("--sae", type=PATH, required=True, metavar="DIR", help="A sparse autoencoder.")
+@click.option(
+    "--patch",
+    type=click.Choice(["orthogonalize", "z_project", "steer_bias", "rank1", "append_neuron"]),
+    help="What is done with features (default: they are taken out).",
+)
+@click.option("--strength", type=float, default=1.0, show_default=True, help="How much of it.")
+@position_option("mean")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Points that attribution takes the gradient's mean over.",
+)
+@click.option("--hook", metavar="NAME", help="Where the autoencoder belongs, if it does not say.")
+@click.option("--pickle", is_flag=True, help="Read an ae.pt: its tensors alone, in a child.")
+@approximate_option
+def features(**given: Any) -> None:
+    """Features of a sparse autoencoder, by activations or by attribution patching.
+
+    Example: surgery find features --model m/ --sae sae/ --train a.jsonl --holdout b.jsonl
+    --output r.yaml
+    """
+    _run("features", **given)
+
+
+@find.command()
+@shared("eigenshift", "singular", "composition", "effect")
+@click.option(
+    "--on",
+    type=click.Choice(["lm_head", "head"]),
+    default="lm_head",
+    show_default=True,
+    help="Components of the output head (eigenshift), or of attention heads (the others).",
+)
+@click.option("--factor", type=float, help="They are multiplied by it (default: 0.1; 0 on head).")
+@bad_option
+@click.option("--absolute", is_flag=True, help="Rank by the size of a shift, not its direction.")
+@click.option("--fold-norm", is_flag=True, help="Spectra with the norm before attention in them.")
+@click.option("--way", type=click.Choice(["q", "k", "v"]), help="How later heads read a component.")
+def components(**given: Any) -> None:
+    """Singular components: EigenShift (arXiv 2509.16660), Talking Heads (arXiv 2406.09519).
+
+    Example: surgery find components --on lm_head --model m/ --train a.jsonl --holdout b.jsonl
+    --output r.yaml
+    """
+    _run("components", **given)
+
+
+@find.command()
+@shared("separation", "ablation")
+@click.option("--of", default="target", show_default=True, help="The set the direction points to.")
+@click.option("--against", default="preserve", show_default=True, help="The set it comes from.")
+@position_option("last")
+@click.option(
+    "--orthogonalize", is_flag=True, help="Take out its part along the mean of --against."
+)
+@click.option(
+    "--strength", type=float, default=1.0, show_default=True, help="How much is taken out."
+)
+@approximate_option
+def direction(**given: Any) -> None:
+    """A direction of the residual stream: the difference of the means of two sets of prompts.
+
+    Example: surgery find direction --model m/ --train a.jsonl --holdout b.jsonl --output r.yaml
+    """
+    _run("direction", **given)
+
+
+@find.command()
+@shared("logit_lens", "tuned_lens", "ablation")
+@click.option(
+    "--part",
+    type=click.Choice(["attn", "mlp", "both"]),
+    default="both",
+    show_default=True,
+    help="What of a layer is taken out.",
+)
+@bad_option
+@click.option(
+    "--lens", type=PATH, metavar="FILE", help="Trained translators, in place of training."
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=200,
+    show_default=True,
+    help="Of training a lens.",
+)
+@click.option("--rate", type=float, default=1e-3, show_default=True, help="Of training a lens.")
+def layers(**given: Any) -> None:
+    """Layers, by where a lens sees a prediction turn, or by what is lost without them.
+
+    Example: surgery find layers --method tuned_lens --model m/ --train a.jsonl --holdout b.jsonl
+    --output r.yaml
+    """
+    _run("layers", **given)
 
 
 def _run(kind: str, **given: Any) -> None:

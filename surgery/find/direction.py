@@ -32,7 +32,7 @@ KEY = "direction"
 DIRECTIONS = "directions"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Direction(Finder):
     """of, against: the sets between whose means the direction lies, `target` and `preserve`.
     position: the stream is taken at the `last` token of a prompt, or as the `mean` over all.

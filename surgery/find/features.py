@@ -41,7 +41,7 @@ ON_WRITERS = ("orthogonalize", "rank1")
 POSITIONS = ("mean", "last")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Features(Finder):
     """sae: the autoencoder's folder. patch: what the recipe does with the features, by default
     `z_project` for an autoencoder of attention's heads and else `orthogonalize`, `strength` times.
@@ -55,7 +55,7 @@ class Features(Finder):
     methods: ClassVar[tuple[str, ...]] = ("difference", "attribution", "direct")
     sizes: ClassVar[tuple[int, ...]] = (1, 3, 5, 11, 25)
 
-    sae: str
+    sae: Path
     method: str = "difference"
     patch: str | None = None
     strength: float = 1.0
@@ -113,7 +113,7 @@ class Features(Finder):
 
     @contextmanager
     def _opened(self) -> Iterator[Autoencoder]:
-        with opened(self.sae, self._files(), pickle=self.pickle) as sae:
+        with opened(str(self.sae), self._files(), pickle=self.pickle) as sae:
             yield sae
 
     def _files(self) -> RecipeFolder:
@@ -136,7 +136,8 @@ class Features(Finder):
     def _try(self, lab: Lab, point: Point, feature: int) -> None:
         """Raises `FindError` where this model has no place for the patch."""
         try:
-            entry = OPS["sae"].model_validate(self._entry(point, [feature]))
+            fields = {**self._entry(point, [feature]), "sae": str(self.sae)}
+            entry = OPS["sae"].model_validate(fields)
             entry.build(lab.arch, self._files())
         except (EditError, RecipeError) as error:
             raise FindError(str(error)) from None

@@ -36,7 +36,7 @@ POSITIONS = ("last", "all")
 Scores = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Heads(Finder):
     """`positions`: where `path` exchanges a head's output. `against`: the name of the rival
     answer, where the prompts have more than one other."""

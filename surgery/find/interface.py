@@ -105,7 +105,7 @@ class Proposal:
     allow_overlap: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finder(ABC):
     """One kind of thing to edit. Subclasses are frozen dataclasses whose fields are the options of
     the command; `method` is one of `methods`, of which the first is the default."""

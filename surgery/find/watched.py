@@ -14,7 +14,7 @@ from typing import Any
 from surgery.errors import FindError, quote
 from surgery.find.interface import Goal, Lab
 from surgery.find.rows import Row, token_rows
-from surgery.metrics.line_metric import ANSWER as LANGUAGE
+from surgery.metrics.languages import ANSWER as LANGUAGE
 from surgery.stimuli import Stimulus
 from surgery.stimuli.prompts import Tokenizer
 
