@@ -1,4 +1,4 @@
-"""Where what follows a prompt begins, in tokens: with merges across the border and special tokens."""
+"""Where what follows a prompt begins, in tokens: merges across the border, special tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
         ("a", "c", ((0, 2), (4,))),
         ("cb", "c", ((0, 4), (5,))),
         ("a</s>", "c", ((0, 2, 1), (4,))),
-        ("", "c", ((0,), (4,))),
         ("a", "", ((0, 2), ())),
     ],
 )
