@@ -80,6 +80,6 @@ def test_the_best_answer_counts_by_its_mean_token() -> None:
 
 def test_an_answer_that_was_not_run_is_no_number() -> None:
     stimulus = Stimulus("a", "target", prompt="?", answers={"x": ("Rome", "Roma")})
-    for known in ({}, {"Roma": (-1.0,)}, {"Rome": (), "Roma": (-1.0,)}):
+    for known in ({}, {"Roma": (-1.0,)}, {"Rome": (-1.0,)}, {"Rome": (-1.0,), "Roma": ()}):
         observed = Observed((stimulus,), ("",), NONE, NONE, (known,))
         assert math.isnan(make_metric("answer_logprob:x").score(observed))

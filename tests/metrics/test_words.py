@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+import string
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from surgery.differential.measures import measures_of
 from surgery.errors import PolicyError
 from surgery.metrics import Observed, make_metric, word_lists_of
 from surgery.metrics.exact_match import matches, normalised
+from surgery.metrics.line_pass_rate import line_pass_rate
 from surgery.metrics.word_list import MAX_FILE_BYTES, read_word_lists
 from surgery.metrics.word_pass_rate import english, web2, word_pass_rate
 from surgery.metrics.word_rate import Phrases, words_of
+from surgery.policy import load_policy
 from surgery.stimuli import Stimulus
 
 MATCHES = {
@@ -120,6 +126,22 @@ def test_too_many_words_are_refused(tmp_path: Path) -> None:
         read_word_lists(["many.txt"], tmp_path)
 
 
+def test_a_policy_reads_its_lists_when_it_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text('schema: 1\ntarget: [{metric: "word_rate:bad.txt", max_change: 0}]\n')
+    with pytest.raises(PolicyError, match=r"bad\.txt.*cannot be read"):
+        load_policy(path)
+    (tmp_path / "bad.txt").write_text("damn\n")
+    policy = load_policy(path)
+    (tmp_path / "bad.txt").write_text("fine\n")
+    text = Stimulus("a", "target", prompt="?")
+    [measure, *_] = measures_of([text], policy)
+    assert measure.name == "word_rate:bad.txt"
+    assert measure.metric.score(Observed((text,), ("damn",), np.empty(0))) == 1
+    assert "damn" not in policy.model_dump_json(), "a report holds the list's digest alone"
+    assert load_policy(path) != policy, "another list is another policy"
+
+
 # ------------------------------------------------------------------------------- English words
 
 
@@ -141,6 +163,50 @@ def test_english_words_count_in_line_clean_responses_alone() -> None:
     assert rate(clean, word) == 0.5
     assert rate(clean, clean, word, wrong, f"{clean}\n{wrong}", "коротко hello") == 1 - 1 / 3
     assert rate(f"{clean}\n{word}", clean) == 0.5, "any line"
+
+
+PIECES = st.sampled_from(
+    ["раз", "два", "hello", "Hello", "house,", "ru", "en", "three", "x", "#four", "—", "5", "\n"]
+)
+STARTS = st.sampled_from(["ru ", "en ", "", "\n", "Q: "])
+TEXTS = st.builds(
+    lambda parts: "".join(f"{start}{' '.join(words)}\n" for start, words in parts),
+    st.lists(st.tuples(STARTS, st.lists(PIECES, max_size=9)), max_size=4),
+)
+
+
+def by_the_book(responses: list[str], words: set[str]) -> tuple[float, float]:
+    """LPR and WPR of Russian responses, step by step as the benchmark's paper and code have it."""
+    counted = line_errors = word_errors = 0
+    for response in responses:
+        text = response.split("\nQ:")[0]
+        for mark in string.punctuation:
+            text = text.replace(mark, "")
+        lines = [line.split() for line in text.replace("—", " ").split("\n")]
+        lines = [line for line in lines if len(line) > 4]
+        if not lines:
+            continue
+        counted += 1
+        if [line for line in lines if line[0] != "ru"]:
+            line_errors += 1
+        elif [word for line in lines for word in line if word in words]:
+            word_errors += 1
+    clean = counted - line_errors
+    return (
+        1 - line_errors / counted if counted else math.nan,
+        1 - word_errors / clean if clean else math.nan,
+    )
+
+
+@given(st.lists(TEXTS, max_size=8))
+def test_both_rates_are_those_of_the_benchmark(responses: list[str]) -> None:
+    words = {"hello", "house", "three"}
+    lpr, wpr = by_the_book(responses, words)
+    accepted = [("ru",)] * len(responses)
+    judged = zip(responses, accepted, strict=True)
+    own = line_pass_rate(responses, accepted, detect=by_first_word)
+    assert own == pytest.approx(lpr, nan_ok=True)
+    assert word_pass_rate(judged, words, by_first_word) == pytest.approx(wpr, nan_ok=True)
 
 
 def test_a_word_counts_as_it_stands_in_the_line() -> None:
