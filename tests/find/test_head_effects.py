@@ -282,6 +282,25 @@ def test_what_is_recorded_is_what_the_model_computed(case: Case) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_is_recorded_stays_when_the_model_writes_over_it(case: Case, whole: bool) -> None:
+    """As families do that add in place; and the last position keeps no other one in memory."""
+    patching = Patching(case.model, case.arch)
+    wanted = patching.record(case.clean, whole)
+    path = OUTPUTS.get(family_of(case.name), LIKE_LLAMA)
+
+    def wipe(module: Any, given: Any, out: Any) -> None:
+        given[0].zero_()
+
+    for layer in range(case.layers):
+        output = case.model.get_submodule(path.format(layer))
+        output.register_forward_hook(wipe)
+    found = patching.record(case.clean, whole)
+    for one, other in zip(found.z, wanted.z, strict=True):
+        assert torch.equal(one, other)
+        assert one.untyped_storage().nbytes() == one.numel() * one.element_size()
+
+
 def test_nothing_is_left_in_the_model(case: Case) -> None:
     before, _ = case.recorded(case.clean)
     patching = Patching(case.model, case.arch)
