@@ -49,7 +49,12 @@ OTHERS = {
 }
 PLACES = {**{("gpt2", site): place for site, place in GPT2.items()}, **OTHERS}
 CASES = [pytest.param(case, id="-".join(case)) for case in PLACES]
-INTO_STREAM = [pytest.param(c, id="-".join(c)) for c in PLACES if c[1] != "mlp.input"]
+OFTEN = {("gpt2", "attn.hook_z"), ("llama", "hook_resid_mid"), ("gemma2", "hook_attn_out")}
+INTO_STREAM = [
+    pytest.param(c, id="-".join(c), marks=[] if c in OFTEN else [pytest.mark.campaign])
+    for c in PLACES
+    if c[1] != "mlp.input"
+]
 LATENTS = 12
 
 Change = Callable[[Any], Any]
@@ -190,8 +195,8 @@ def test_steps_add_up_to_what_all_features_do_together(case: Case) -> None:
     f = case.features()
     explained = f @ small.w_dec
     expected = case.margin(lambda now: now - explained) - case.margin()
-    many, once = (attribution(site, case.batch, case.pairs, n)[0].sum(1) for n in (30, 1))
-    assert (many - expected).abs().max() < 0.1 * (once - expected).abs().max()
+    many, once = (attribution(site, case.batch, case.pairs, n)[0].sum(1) for n in (15, 1))
+    assert (many - expected).abs().max() < 0.2 * (once - expected).abs().max()
 
 
 LINEAR = [pytest.param(("gpt2", "hook_resid_post"), id="gpt2")]
