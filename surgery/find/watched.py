@@ -14,9 +14,11 @@ from typing import Any
 from surgery.errors import FindError, quote
 from surgery.find.interface import Goal, Lab
 from surgery.find.rows import Row, token_rows
-from surgery.metrics.line_metric import ANSWER as LANGUAGE
 from surgery.stimuli import Stimulus
 from surgery.stimuli.prompts import Tokenizer
+
+LANGUAGE = "language"
+"""The answers that are codes of accepted languages, and not text to be said."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def sides(goal: Goal, stimuli: Iterable[Stimulus], bad: str | None) -> list[Side
 
 
 def _spoken(stimulus: Stimulus) -> dict[str, tuple[str, ...]]:
-    """The answers that are text to be said; codes of languages are not."""
+    """The answers that are text."""
     return {name: own for name, own in (stimulus.answers or {}).items() if name != LANGUAGE}
 
 
