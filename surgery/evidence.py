@@ -7,6 +7,7 @@ is evidence too.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 CORNERS = ("T_o", "T_e", "R_o", "R_e")
@@ -86,6 +87,12 @@ class Conversion:
     ratio_l2: float
     ratio_position: float
     worst: str
+
+    @property
+    def ratio(self) -> float:
+        """The largest of the ratios; NaN where one of them is none."""
+        ratios = (self.ratio_max, self.ratio_l2, self.ratio_position)
+        return max(ratios) if all(ratio >= 0 for ratio in ratios) else math.nan
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from surgery.errors import InputError, quote
 from surgery.export.casting import cast, float_dtype, turned
 
 Shape = tuple[int, ...]
+Span = tuple[int, int]
 
 BAND_BYTES = 4 << 20
 
@@ -60,8 +61,17 @@ class Expression(ABC):
 
     def stream(self, checkpoint: Checkpoint, limit: int = BAND_BYTES) -> Iterator[NDArray[Any]]:
         """Its rows from the first to the last, in the bands of `bands`; no tensor is read twice."""
-        for start, stop in bands(self, checkpoint, limit):
+        for start, stop in self.bands(checkpoint, limit):
             yield self.rows(checkpoint, start, stop)
+
+    def bands(self, checkpoint: Checkpoint, limit: int = BAND_BYTES) -> Iterator[Span]:
+        """Ranges of rows of at most `limit` bytes each, one row at least, that cover it all."""
+        shape = self.shape(checkpoint)
+        rows = shape[0] if shape else 0
+        size = math.prod(shape) * self.dtype(checkpoint).itemsize
+        height = max(1, limit * rows // size if size else rows)
+        for start in range(0, max(1, rows), height):
+            yield start, min(start + height, rows)
 
     def tensors(self) -> tuple[str, ...]:
         """The names of the checkpoint tensors in it, each once, in order."""
@@ -156,7 +166,7 @@ class Transpose(Expression):
             yield from super().stream(checkpoint, limit)
             return
         whole = self.of.read(checkpoint)
-        for start, stop in bands(self, checkpoint, limit):
+        for start, stop in self.bands(checkpoint, limit):
             yield turned(whole[:, start:stop])
 
     def operands(self) -> tuple[Expression, ...]:
@@ -388,17 +398,3 @@ def _parse(fields: Mapping[str, Any]) -> Expression:
     if "fold" in fields:
         return Fold(_parse(fields["fold"]), float(fields["factor"]), float(fields["offset"]))
     return Stack(tuple(map(_parse, fields["stack"])))
-
-
-def bands(
-    expression: Expression, checkpoint: Checkpoint, limit: int = BAND_BYTES
-) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of at most `limit` bytes each, and of one row at least, that cover it all."""
-    shape = expression.shape(checkpoint)
-    size = math.prod(shape) * expression.dtype(checkpoint).itemsize
-    if not shape or not size:
-        yield 0, shape[0] if shape else 0
-        return
-    height = max(1, limit * shape[0] // size)
-    for start in range(0, shape[0], height):
-        yield start, min(start + height, shape[0])

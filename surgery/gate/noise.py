@@ -90,7 +90,7 @@ def _told(shape: ErrorShape, evidence: Evidence, policy: Policy) -> bool:
     """Whether the ratios of the same output say already that it is wrong."""
     limit = policy.conversion.max_noise_ratio
     return any(
-        max(row.ratio_max, row.ratio_l2, row.ratio_position) > limit
+        not row.ratio <= limit
         for row in evidence.conversion
         if (row.edge, row.output) == (shape.edge, shape.output)
     )

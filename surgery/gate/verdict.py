@@ -235,18 +235,12 @@ def _conversion(evidence: Evidence, policy: Policy) -> Iterator[Finding]:
         if bad := _impossible_error(row):
             message = f"{row.edge} of {row.output}: {_said(bad)}"
             yield Finding("conversion", _symptom(bad), site, message, next(iter(bad.values())))
-        elif not _within(_worst(row), policy.conversion.max_noise_ratio):
+        elif not _within(row.ratio, policy.conversion.max_noise_ratio):
             yield _wrong_value(row, evidence, policy.conversion.max_noise_ratio)
 
 
-def _worst(row: Conversion) -> float:
-    """The larger of both ratios; NaN where either is none."""
-    ratios = (row.ratio_max, row.ratio_l2, row.ratio_position)
-    return max(ratios) if all(ratio >= 0 for ratio in ratios) else math.nan
-
-
 def _wrong_value(row: Conversion, evidence: Evidence, limit: float) -> Finding:
-    ratio, dtype = _worst(row), noise_dtype(row.edge, row.output, evidence)
+    ratio, dtype = row.ratio, noise_dtype(row.edge, row.output, evidence)
     message = (
         f"{row.output} is {ratio:.3g} times {dtype} noise away on {row.edge}, "
         f"worst at {row.worst}; {_blame(row, evidence, limit)}"
@@ -261,8 +255,8 @@ def _blame(row: Conversion, evidence: Evidence, limit: float) -> str:
     twins = [r for r in evidence.conversion if r.edge == other and r.output == row.output]
     if not twins:
         return f"there is no {other} to compare with"
-    twin = max(map(_worst, twins))
-    mine, theirs = _worst(row), f"{other} is at {twin:.3g}"
+    twin = max(row.ratio for row in twins)
+    mine, theirs = row.ratio, f"{other} is at {twin:.3g}"
     if mine > MUCH_WORSE * twin:
         at_fault = "edited" if row.edge == "C_e" else "original"
         return f"the conversion of the {at_fault} model is at fault ({theirs})"

@@ -16,7 +16,7 @@ from surgery.export.lineage import Lineage
 from surgery.gate import FAIL, judge
 from surgery.localize import Localization
 from surgery.pipeline.causes import lineages_of, localized, traced
-from surgery.pipeline.inputs import described
+from surgery.pipeline.inputs import Read
 from surgery.pipeline.judging import judged, with_stale
 from surgery.pipeline.pairs import MODEL, ONNX, Comparison, Given, Progress, ask, prepared
 from surgery.policy import BUILT_IN, Policy
@@ -79,8 +79,8 @@ def diff(
         if batch is not None:
             alone = only(run.asked.workload, batch)
             run = replace(run, asked=replace(run.asked, workload=alone))
-        files = described(run.pairs, stimuli, root or scratch)
-        return judged(run, policy, files, stream=stream, budget=budget, aa=aa)
+        read = Read(tuple(stimuli), root or scratch)
+        return judged(run, policy, read, stream=stream, budget=budget, aa=aa)
 
 
 def localize(
@@ -180,8 +180,8 @@ def validate(
             progress(f"export of {ONNX[edge].removeprefix('onnx/')}")
             export(pair.model, pair.onnx.parent, task=asked.task.name)
         run = Comparison(pairs, asked, limits or Limits(), progress)
-        files = described(pairs, stimuli, staging.path)
-        report = judged(run, policy, files, stream=stream, budget=budget)
+        read = Read(tuple(stimuli), staging.path)
+        report = judged(run, policy, read, stream=stream, budget=budget)
         staging.write(REPORT_JSON, render(report, "json").encode())
         staging.write(REPORT_HTML, render(report, "html").encode())
         staging.commit()

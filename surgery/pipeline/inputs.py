@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,22 @@ from surgery.export import onnxfile
 from surgery.record import environment
 
 
-def described(
-    pairs: Mapping[str, Pair], stimuli: Sequence[Path], root: Path | None
-) -> dict[str, dict[str, Any]]:
-    """Every corner's model and every file of stimuli by name; those inside `root` relative to it,
-    for a run's own folder is about to be renamed."""
-    return {
-        **{EDGES[edge][0]: _weights(pair.model, root) for edge, pair in pairs.items()},
-        **{EDGES[edge][1]: _onnx(pair, root) for edge, pair in pairs.items()},
-        **{f"stimuli {number}": _file(path, root) for number, path in enumerate(stimuli)},
-    }
+@dataclass(frozen=True)
+class Read:
+    """Files a run reads besides its models, and the folder relative to which those inside are
+    named, for a run's own folder is about to be renamed."""
+
+    stimuli: tuple[Path, ...]
+    root: Path | None
+
+    def described(self, pairs: Mapping[str, Pair]) -> dict[str, dict[str, Any]]:
+        """Every corner's model and every file of stimuli by name."""
+        root = self.root
+        return {
+            **{EDGES[edge][0]: _weights(pair.model, root) for edge, pair in pairs.items()},
+            **{EDGES[edge][1]: _onnx(pair, root) for edge, pair in pairs.items()},
+            **{f"stimuli {number}": _file(path, root) for number, path in enumerate(self.stimuli)},
+        }
 
 
 def _weights(folder: Path, root: Path | None) -> dict[str, Any]:

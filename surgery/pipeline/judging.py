@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
-from surgery.differential import explore
+from surgery.differential import Workload, explore
 from surgery.evidence import EDGES, Evidence, Finding
 from surgery.gate import WRONG_SHAPE, judge
 from surgery.localize.layers import introduced, streamed
 from surgery.localize.supposed import became_of_edit
 from surgery.localize.weights import stale_tensors
 from surgery.pipeline.causes import Lineages, lineages_of, localized, traced
-from surgery.pipeline.inputs import versions
+from surgery.pipeline.inputs import Read, versions
 from surgery.pipeline.pairs import Comparison
 from surgery.policy import Policy
 from surgery.report import Report
@@ -22,13 +22,24 @@ from surgery.report import Report
 def judged(
     run: Comparison,
     policy: Policy,
-    files: Mapping[str, Mapping[str, Any]],
+    read: Read,
     *,
     stream: bool = False,
     budget: float | None = None,
     aa: bool = False,
 ) -> Report:
-    """The report of a comparison; `files` says what it read, the other options are `diff`'s."""
+    """The report of a comparison; the other options are `diff`'s."""
+    with ThreadPoolExecutor(1) as beside:  # digests read every byte: the first corner need not wait
+        files = beside.submit(read.described, run.pairs)
+        evidence, workload = _measured(run, policy, stream, budget, aa)
+        task = {"task": run.asked.task.name, **workload.describe()}
+        inputs = {**files.result(), "workload": task}
+    return Report.build(evidence, judge(evidence, policy), policy, versions(), inputs)
+
+
+def _measured(
+    run: Comparison, policy: Policy, stream: bool, budget: float | None, aa: bool
+) -> tuple[Evidence, Workload]:
     lineages = lineages_of(run)
     if stream:
         pairs = {edge: streamed(pair, lineages[edge]) for edge, pair in run.pairs.items()}
@@ -39,9 +50,7 @@ def judged(
     )
     run = replace(run, asked=replace(asked, workload=found.workload))
     evidence = with_stale(run, lineages, found.evidence)
-    evidence = _explained(run, lineages, evidence, policy, stream)
-    inputs = {**files, "workload": {"task": asked.task.name, **found.workload.describe()}}
-    return Report.build(evidence, judge(evidence, policy), policy, versions(), inputs)
+    return _explained(run, lineages, evidence, policy, stream), found.workload
 
 
 def with_stale(run: Comparison, lineages: Lineages, evidence: Evidence) -> Evidence:

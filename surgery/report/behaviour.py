@@ -67,19 +67,13 @@ def _kl(rows: Iterable[Divergence], shown: Shown) -> Table:
         )
         for row in rows
     )
-    spare = (
-        f"99%, {INTERVAL}",
-        "0.1%",
-        "1%",
-        "5%",
-        "10%",
-        "90%",
-        "95%",
-        "min",
-        "99.9%",
-        "positions",
-    )
+    spare = (f"99%, {INTERVAL}", *_less_told(KL_LEVELS, "99%"), "min", "positions")
     return make_table(TITLES[0], headers, cells, *range(2, len(headers)), spare=spare)
+
+
+def _less_told(levels: tuple[str, ...], *kept: str) -> tuple[str, ...]:
+    """The percentiles that go first where a table has no room."""
+    return tuple(level for level in levels if level not in ("median", *kept))
 
 
 def _perplexity(rows: Iterable[Divergence], shown: Shown) -> Table:
@@ -112,20 +106,7 @@ def _delta(rows: Iterable[Divergence]) -> Table:
         (row.stimulus_set, pair_name(row.pair), *(_hundredfold(row.delta_p.get(k)) for k in keys))
         for row in rows
     )
-    spare = (
-        f"99%, {INTERVAL}",
-        "0.1%",
-        "1%",
-        "5%",
-        "10%",
-        "25%",
-        "75%",
-        "90%",
-        "95%",
-        "99%",
-        "99.9%",
-        "± RMS",
-    )
+    spare = (*_less_told(DELTA_LEVELS), "± RMS")
     return make_table(TITLES[2], headers, cells, *range(2, len(headers)), spare=spare)
 
 

@@ -13,13 +13,18 @@ from markupsafe import Markup
 from surgery.evidence import CORNERS, EDGES, Effect
 from surgery.report.cells import number, signed
 from surgery.report.klplot import kl_plot
-from surgery.report.model import Report
+from surgery.report.model import CornerName, Report
 from surgery.report.tables import HEADLINES, change, headline, subline, tables
 from surgery.syntax import printable
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
-PLACES = {"T_o": (150, 70), "T_e": (570, 70), "R_o": (150, 330), "R_e": (570, 330)}
+PLACES: dict[CornerName, tuple[int, int]] = {
+    "T_o": (150, 70),
+    "T_e": (570, 70),
+    "R_o": (150, 330),
+    "R_e": (570, 330),
+}
 """Centres of the boxes in the picture's own units (720 x 400)."""
 
 TITLES = {
@@ -86,7 +91,7 @@ class Html:
             word=HEADLINES[report.verdict],
             headline=headline(report),
             subline=subline(report),
-            boxes=[_box(report, name) for name in CORNERS],
+            boxes=[_box(report, name) for name in PLACES],
             conversions=[_conversion(report, name) for name in EDGES],
             edit=_edit(report),
             converted_edit=_edit_state(report, "R"),
@@ -101,8 +106,8 @@ def _final(value: Any) -> Any:
     return printable(value, 1000) if isinstance(value, str) and type(value) is not Markup else value
 
 
-def _box(report: Report, name: str) -> Box:
-    corner = report.corners.get(name)  # type: ignore[call-overload]
+def _box(report: Report, name: CornerName) -> Box:
+    corner = report.corners.get(name)
     x, y = PLACES[name]
     if corner is None:
         return Box(name, TITLES[name], x, y, "absent", "not run")

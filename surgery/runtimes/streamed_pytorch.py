@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -29,6 +30,8 @@ class StreamedTorch(Streamed, TorchRuntime):
         self._expressions = parameters(self.live, self._arch, self._checkpoint)
         self._parts = self._gated()
         self._held: list[tuple[Any, str, Any]] = []
+        self._reader = ThreadPoolExecutor(1)
+        self._ahead: tuple[Any, Future[list[Any]]] | None = None
         for number, cut in enumerate(model.cuts):
             module = self._arch.module(self.live, cut.role, cut.layer)
             module.register_forward_pre_hook(self._watch(number), with_kwargs=True)
@@ -73,9 +76,29 @@ class StreamedTorch(Streamed, TorchRuntime):
         for module, own, empty in self._held:
             module._parameters[own] = empty
         self._held = []
-        for module, own, name in self._parts.get(part, ()):
+        for (module, own, _), numbers in zip(self._places(part), self._fetched(part), strict=True):
             self._held.append((module, own, module._parameters[own]))
-            module._parameters[own] = self._numbers(self._expressions[name])
+            module._parameters[own] = numbers
+        if not self.model.cuts:  # two parts in memory are one too many for a streamed run
+            self._read_ahead(part)
+
+    def _places(self, part: Any) -> list[tuple[Any, str, str]]:
+        return self._parts.get(part, [])
+
+    def _fetched(self, part: Any) -> list[Any]:
+        """The parameters of a part, which may have been read while the last one ran."""
+        ahead, self._ahead = self._ahead, None
+        return ahead[1].result() if ahead and ahead[0] is part else self._read(part)
+
+    def _read_ahead(self, part: Any) -> None:
+        """Parts run in the order in which the model holds them, mostly: the next one is read."""
+        order = list(self._parts)
+        following = order[order.index(part) + 1 :] if part in self._parts else []
+        if following:
+            self._ahead = (following[0], self._reader.submit(self._read, following[0]))
+
+    def _read(self, part: Any) -> list[Any]:
+        return [self._numbers(self._expressions[name]) for _, _, name in self._places(part)]
 
     def _numbers(self, expression: Expression) -> Any:
         """A parameter with its numbers in the dtype that is computed in, read band by band."""
