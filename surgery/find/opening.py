@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import version
@@ -22,6 +21,7 @@ from surgery.find.journal import Journal
 from surgery.find.search import Prompts
 from surgery.metrics import make_metric, word_lists_of
 from surgery.places import cache_home
+from surgery.runtimes.child import default_threads
 from surgery.runtimes.interface import ModelRef
 from surgery.runtimes.pytorch import TorchRuntime
 from surgery.stimuli import Stimulus
@@ -84,7 +84,7 @@ def make_lab(
     checkpoint = Checkpoint.open(asked.model)
     arch = identify(checkpoint)
     tokenizer = Tokenizer(asked.model) if (asked.model / TOKENIZER).is_file() else None
-    runtime = TorchRuntime(ModelRef("torch", asked.model, "causal-lm"), os.cpu_count() or 1)
+    runtime = TorchRuntime(ModelRef("torch", asked.model, "causal-lm"), default_threads())
     weights = [_stamp(checkpoint.path(file)) for file in checkpoint.weight_files]
     own = (str(asked.model.resolve()), weights, goal.name, goal.sign, asked.seed, asked.budget, key)
     digest = hashlib.sha256(repr((version("weight-surgery"), own)).encode()).hexdigest()[:32]

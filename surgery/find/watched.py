@@ -18,6 +18,9 @@ from surgery.metrics.languages import ANSWER as LANGUAGE
 from surgery.stimuli import Stimulus
 from surgery.stimuli.prompts import Tokenizer
 
+LANGUAGE = "language"
+"""The answers that are codes of accepted languages, and not text to be said."""
+
 
 @dataclass(frozen=True)
 class Sides:
@@ -76,7 +79,7 @@ def sides(goal: Goal, stimuli: Iterable[Stimulus], bad: str | None) -> list[Side
 
 
 def _spoken(stimulus: Stimulus) -> dict[str, tuple[str, ...]]:
-    """The answers that are text to be said; codes of languages are not."""
+    """The answers that are text."""
     return {name: own for name, own in (stimulus.answers or {}).items() if name != LANGUAGE}
 
 

@@ -263,18 +263,16 @@ def kl_of(lab: Lab, weight: Matrix | None, bias: Matrix | None) -> Matrix:
     return sums / count
 
 
-def test_training_brings_the_lens_nearer_on_text_it_has_not_seen(
-    capitals: Lab, tmp_path: Path
-) -> None:
+def test_training_brings_the_lens_nearer_on_text_it_has_not_seen(capitals: Lab) -> None:
     lab = replace(capitals, train=prompts("train", 6))
-    lens = fit(lab, Stream(lab.live, lab.arch), training(lab, 30))
-    held = replace(capitals, train=(*prompts("target", 30), *prompts("preserve", 30)))
+    lens = fit(lab, Stream(lab.live, lab.arch), training(lab, 12))
+    held = replace(capitals, train=(*prompts("target", 40), *prompts("preserve", 40)))
     before, after = kl_of(held, None, None), kl_of(held, lens.weight, lens.bias)
-    assert (after < 0.7 * before).all(), (before, after)
+    assert (after < 0.8 * before).all(), (before, after)
 
 
 def training(lab: Lab, steps: int) -> Training:
-    return Training(tuple(token_rows(lab, lab.train)), steps, 1e-3, lab.seed)
+    return Training(tuple(token_rows(lab, lab.train)), steps, 3e-3, lab.seed)
 
 
 def test_a_lens_that_is_loaded_reads_as_the_one_that_was_trained(
@@ -298,7 +296,9 @@ def test_a_lens_that_is_loaded_reads_as_the_one_that_was_trained(
     assert_told(loaded, literal_columns(capitals, literal_logs(capitals, translate)))
 
 
-def test_a_lens_goes_on_where_its_training_stopped(capitals: Lab, tmp_path: Path) -> None:
+def test_a_lens_goes_on_where_its_training_stopped(
+    capitals: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Stop(Exception):
         pass
 
@@ -306,16 +306,27 @@ def test_a_lens_goes_on_where_its_training_stopped(capitals: Lab, tmp_path: Path
         if done:
             raise Stop
 
-    whole = fit(capitals, Stream(capitals.live, capitals.arch), training(capitals, 30))
+    monkeypatch.setattr("surgery.find.lens.CHUNK", 2)
+    stream, four = Stream(capitals.live, capitals.arch), training(capitals, 4)
+    whole = fit(capitals, stream, four)
     journal = Journal(tmp_path / "again")
-    halted = replace(capitals, journal=journal, progress=stop)
-    stream = Stream(capitals.live, capitals.arch)
     with pytest.raises(Stop):
-        fit(halted, stream, training(capitals, 30))
+        fit(replace(capitals, journal=journal, progress=stop), stream, four)
     [_] = journal.folder.iterdir()
-    went_on = fit(replace(capitals, journal=journal), stream, training(capitals, 30))
+    went_on = fit(replace(capitals, journal=journal), stream, four)
     assert np.array_equal(whole.weight, went_on.weight)
     assert np.array_equal(whole.bias, went_on.bias)
+
+
+def test_the_lens_is_trained_as_one_optimiser_trains_it(
+    capitals: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adam's moments and step count are carried from piece to piece."""
+    stream, five = Stream(capitals.live, capitals.arch), training(capitals, 5)
+    whole = fit(capitals, stream, five)
+    monkeypatch.setattr("surgery.find.lens.CHUNK", 2)
+    pieces = fit(replace(capitals, journal=Journal(tmp_path / "pieces")), stream, five)
+    np.testing.assert_allclose(whole.weight, pieces.weight, rtol=0, atol=1e-7)
 
 
 def test_a_lens_of_another_model_is_refused(capitals: Lab, tmp_path: Path) -> None:
