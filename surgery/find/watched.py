@@ -18,9 +18,6 @@ from surgery.metrics.languages import ANSWER as LANGUAGE
 from surgery.stimuli import Stimulus
 from surgery.stimuli.prompts import Tokenizer
 
-LANGUAGE = "language"
-"""The answers that are codes of accepted languages, and not text to be said."""
-
 
 @dataclass(frozen=True)
 class Sides:
