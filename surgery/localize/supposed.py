@@ -61,7 +61,7 @@ def became_of_edit(
     asked = workload.batches_only(workload.batches)
     try:
         return list(_supposed(pairs["C_o"], pairs["C_e"], task, asked, limits, progress))
-    except Exception as error:
+    except Exception as error:  # whatever a search meets, what was measured stays
         text = f"R_e: what became of the edit was not found: {one_line(str(error))}"
         return [Finding("localize", "not found", "R_e", text)]
 

@@ -13,6 +13,8 @@ from surgery.errors import StimuliError, quote
 from surgery.stimuli.interface import Stimulus
 
 MAX_FILE_BYTES = 64 << 20
+MAX_CORRUPTED = 1 << 18
+"""Characters of a corrupted prompt; it must have as many tokens as the prompt to be of use."""
 TOKENIZER = "tokenizer.json"
 
 
@@ -28,11 +30,14 @@ class _Line(BaseModel):
     prompt: Annotated[str, Field(min_length=1)] | None = None
     input_ids: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
     answers: dict[str, Annotated[tuple[Answer, ...], Field(min_length=1)]] | None = None
+    corrupted: Annotated[str, Field(min_length=1, max_length=MAX_CORRUPTED)] | None = None
 
     @model_validator(mode="after")
     def _one_input(self) -> _Line:
         if (self.prompt is None) == (self.input_ids is None):
             raise ValueError("give either prompt or input_ids")
+        if self.corrupted is not None and self.prompt is None:
+            raise ValueError("corrupted goes with prompt")
         return self
 
 
@@ -60,7 +65,14 @@ def load_stimuli(paths: Iterable[Path]) -> tuple[Stimulus, ...]:
 def _parse(line: str, source: str, number: int) -> Stimulus:
     document = load_json(line, source, StimuliError, number)
     parsed: Any = validate(_Line, document, StimuliError)
-    return Stimulus(parsed.id, parsed.set, parsed.prompt, parsed.input_ids, parsed.answers)
+    return Stimulus(
+        parsed.id,
+        parsed.set,
+        parsed.prompt,
+        parsed.input_ids,
+        parsed.answers,
+        parsed.corrupted,
+    )
 
 
 class Tokenizer:
