@@ -33,7 +33,7 @@ STRONGEST = 20
 RULE = "mean of v·h at bad steps less that at good ones; the largest entry of each v is positive"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Components(Finder):
     """Singular components: of the output head (`on` lm_head; `eigenshift`), or of each attention
     head's W_OV (`on` head; `singular`, `composition`, `effect`).

@@ -25,7 +25,7 @@ from surgery.find.watched import Watched, watch
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layers(Finder):
     """What each layer does to the goal's answer at the last position: by what the lens reads after
     it less before it (`logit_lens`, `tuned_lens`), or by what is lost without it (`ablation`).

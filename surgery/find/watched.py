@@ -14,11 +14,9 @@ from typing import Any
 from surgery.errors import FindError, quote
 from surgery.find.interface import Goal, Lab
 from surgery.find.rows import Row, token_rows
+from surgery.metrics.languages import ANSWER as LANGUAGE
 from surgery.stimuli import Stimulus
 from surgery.stimuli.prompts import Tokenizer
-
-LANGUAGE = "language"
-"""The answers that are codes of accepted languages, and not text to be said."""
 
 
 @dataclass(frozen=True)
