@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from labs import lab_of, planted
+from finding import lab_of, planted
 from models import Zoo, deep
 
 from surgery.edits.lm_head_spectrum import spectrum
@@ -28,7 +28,8 @@ from surgery.stimuli.prompts import Tokenizer, load_stimuli
 
 Matrix = np.ndarray[Any, Any]
 
-CAPITALS = Path("fixtures/capitals-gpt2")
+FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
+CAPITALS = FIXTURES / "capitals-gpt2"
 ROTARY = "turns queries and keys by their positions"
 
 
@@ -147,7 +148,7 @@ def test_a_step_that_is_not_reproduced_is_left_out(
 
 
 def test_the_step_is_the_first_token_of_the_first_word() -> None:
-    tokenizer = Tokenizer(Path("fixtures/polyglot-llama"))
+    tokenizer = Tokenizer(FIXTURES / "polyglot-llama")
     text = "Die Stadt Theben, The capital"
     tokens = tokenizer.encode(text)
     step = first_said(tokenizer, tokens, ["capital", "The"])
