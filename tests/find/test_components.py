@@ -13,6 +13,7 @@ import pytest
 import torch
 from finding import lab_of, planted
 from models import Zoo, deep
+from recipes import plan_of
 
 from surgery.edits.lm_head_spectrum import spectrum
 from surgery.errors import EditError, FindError
@@ -104,6 +105,17 @@ def test_components_of_the_head_come_by_their_shift(capitals: Lab) -> None:
     [entry] = proposal.entries
     assert entry == {"op": "lm_head_spectrum", "components": components, "factor": 0.1}
     assert not proposal.untie
+
+
+def test_a_file_of_scores_names_what_is_proposed(capitals: Lab, tmp_path: Path) -> None:
+    """Addresses are integers, as a recipe that takes the best of a file reads them."""
+    ranking = Components().rank(capitals)
+    lines = [ranking.columns, *ranking.rows]
+    (tmp_path / "scores.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
+    entry = {"op": "lm_head_spectrum", "file": "scores.csv", "top": 3, "factor": 0.1}
+    [edit] = plan_of(tmp_path, CAPITALS, [entry]).edits
+    [proposed] = Components().propose(capitals, ranking, [0, 1, 2]).entries
+    assert sorted(edit.components) == proposed["components"]
 
 
 def test_a_tied_head_is_that_of_the_embedding_and_is_untied(
