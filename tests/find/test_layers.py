@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from labs import lab_of
+from finding import lab_of
 from models import Zoo, deep
 from safetensors.numpy import save_file
 
@@ -28,7 +28,8 @@ from surgery.stimuli.prompts import load_stimuli
 
 Matrix = np.ndarray[Any, Any]
 
-CAPITALS = Path("fixtures/capitals-gpt2")
+FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
+CAPITALS = FIXTURES / "capitals-gpt2"
 TUNED: dict[str, Any] = {"method": "tuned_lens", "steps": 2}
 
 
@@ -287,6 +288,8 @@ def test_a_lens_that_is_loaded_reads_as_the_one_that_was_trained(
     loaded = Layers(method="tuned_lens", lens=path).rank(fresh)
     assert loaded.rows == trained.rows
     assert not loaded.arrays
+    drawn = Layers(**TUNED).draw(capitals, trained, [0], np.random.default_rng(0))
+    assert drawn.entries and not drawn.tensors
     weight = np.stack([kept[f"weight.{layer}"] for layer in range(4)])
     bias = np.stack([kept[f"bias.{layer}"] for layer in range(4)])
 
