@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
-.PHONY: setup demo test campaign fault-campaign lint format fixtures noise clean
+.PHONY: setup demo test tour campaign fault-campaign lint format fixtures noise clean
 
 setup: $(SETUP)
 
@@ -33,6 +33,10 @@ campaign: $(SETUP)
 
 # Every seeded fault in every model: what is caught, and how near the localisation comes. Goes on
 # where a run of the same code was stopped.
+# Finds one of each kind on the fixtures and puts it through the four corners; about ten minutes.
+tour: $(SETUP)
+	$(BIN)/python tools/tour_finds.py --output build/tour
+
 fault-campaign: $(SETUP)
 	$(BIN)/python tools/seed_faults.py --resume --output build/faults --document docs/faults.md
 
