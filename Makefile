@@ -31,12 +31,13 @@ test: $(SETUP)
 campaign: $(SETUP)
 	$(BIN)/python -m pytest -m campaign
 
-# Every seeded fault in every model: what is caught, and how near the localisation comes. Goes on
-# where a run of the same code was stopped.
 # Finds one of each kind on the fixtures and puts it through the four corners; about ten minutes.
 tour: $(SETUP)
+	rm -rf build/tour
 	$(BIN)/python tools/tour_finds.py --output build/tour
 
+# Every seeded fault in every model: what is caught, and how near the localisation comes. Goes on
+# where a run of the same code was stopped.
 fault-campaign: $(SETUP)
 	$(BIN)/python tools/seed_faults.py --resume --output build/faults --document docs/faults.md
 
