@@ -43,7 +43,7 @@ ABLATED = 512
 """How many neurons are ablated, those of highest gradient score: each is a run of the model."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Neurons(Finder):
     """tuned: the folder of a sibling checkpoint without the habit; new_tokens: how long responses
     may be; languages: what the detector chooses among, by default those of the answers."""

@@ -14,7 +14,7 @@ from surgery.differential.workload import end_tokens
 from surgery.errors import FindError
 from surgery.find.confusion import Judge, find_slip
 from surgery.find.interface import Lab
-from surgery.metrics.line_metric import ANSWER
+from surgery.metrics.languages import ANSWER
 from surgery.runtimes.generate import GROUP, Generation, generate
 from surgery.stimuli import Stimulus
 from surgery.stimuli.prompts import tokens_of

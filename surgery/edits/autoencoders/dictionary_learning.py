@@ -19,6 +19,7 @@ from surgery.errors import CheckpointError, EditError, quote
 
 _LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight"}
 _MATRICES = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
+_GATES = {"b_gate": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag"}
 _BIASES = ("b_dec", "bias", "decoder_bias", "decoder.bias")
 _ACTIVATIONS = {
     "AutoEncoder": "relu",
@@ -56,6 +57,7 @@ class DictionaryLearning(Format):
             _hook(config),
             layer if type(layer) is int else None,
             centered=kind not in _UNCENTERED,
+            k=config.count("trainer", "k") if _ACTIVATIONS[kind] == "topk" else None,
         )
         config.check_sizes(sae, ["trainer", "dict_size"], ["trainer", "activation_dim"])
         return sae
@@ -88,7 +90,8 @@ def _names(file: TensorFile) -> tuple[dict[str, str], tuple[str, ...]]:
     if "W_dec" in file.tensors:
         return _MATRICES, ()
     bias = next((name for name in _BIASES if name in file.tensors), "b_dec")
-    return {**_LINEAR, "b_dec": bias, "threshold": "threshold"}, ("W_enc", "W_dec")
+    names = {**_LINEAR, **_GATES, "b_dec": bias, "threshold": "threshold"}
+    return names, ("W_enc", "W_dec")
 
 
 def _hook(config: Config) -> str | None:

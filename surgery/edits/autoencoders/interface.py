@@ -50,6 +50,11 @@ class Stored:
         values = self.file.read(self.key)
         return values.T if self.transposed else values
 
+    def single(self) -> NDArray[np.float32]:
+        """The whole tensor, float32."""
+        values = self.file.rows(self.key, 0, self.file.info(self.key).shape[0])
+        return (values.T if self.transposed else values).astype(np.float32)
+
     def take(self, axis: int, indices: Sequence[int]) -> Vectors:
         """The slices of a matrix at `indices` of `axis`, float64 [len(indices), other axis].
 
@@ -77,7 +82,10 @@ class Autoencoder:
     `hook` is the hook point as the files name it, None where they do not; `layer` what they say of
     it beside that. `input_scale` is None where x is scaled by what no file holds. `centered`: the
     encoder sees s·x − b_dec. `writes` is the hook point a transcoder writes, "" where its files do
-    not name it, and None for an autoencoder.
+    not name it, and None for an autoencoder. A gated one has `b_gate`, `b_mag` and `r_mag`, all
+    [n]; of a top-k one `k` features are active, None where the files do not say how many.
+    `by_norm`: features are compared, with each other or with a threshold, by what they write, that
+    is multiplied by the norms of their decoder rows.
     """
 
     path: Path
@@ -89,6 +97,8 @@ class Autoencoder:
     threshold: float | None = None
     centered: bool = False
     writes: str | None = None
+    k: int | None = None
+    by_norm: bool = False
 
     def __post_init__(self) -> None:
         """Raises `CheckpointError` for tensors of shapes that do not fit together."""
@@ -97,7 +107,7 @@ class Autoencoder:
         n, d = self.latents, self.width
         expected: dict[str, list[tuple[int, ...]]] = {
             "W_enc": [(d, n)], "b_enc": [(n,)], "b_dec": [(d,)],
-            "threshold": [(n,), ()],
+            "threshold": [(n,), ()], "b_gate": [(n,)], "b_mag": [(n,)], "r_mag": [(n,)],
         }  # fmt: skip
         for name, stored in self.tensors.items():
             if name in expected and stored.shape not in expected[name]:
@@ -132,7 +142,8 @@ class Autoencoder:
         return self._vectors("W_enc", "column", 1, features)
 
     def vector(self, name: str) -> Vectors:
-        """`b_enc` [n] or `b_dec` [d], float64; zeros where the format has none.
+        """A vector of the frame, float64; of `b_enc` [n] and `b_dec` [d] zeros where the format has
+        none.
 
         Raises `EditError` where it is not finite.
         """
@@ -198,6 +209,15 @@ class Config:
                 f"{self.path}: {'.'.join(names)} is {quote(value)}; expected a positive number"
             )
         return float(value)
+
+    def count(self, *names: str) -> int | None:
+        """The same, which must be a positive integer or null; raises `CheckpointError`."""
+        value = self.get(*names)
+        if value is not None and (type(value) is not int or value < 1):
+            raise CheckpointError(
+                f"{self.path}: {'.'.join(names)} is {quote(value)}; expected a positive integer"
+            )
+        return value
 
     def check_sizes(self, sae: Autoencoder, latents: Sequence[str], width: Sequence[str]) -> None:
         """Raises `CheckpointError` where the fields say otherwise than the weights."""

@@ -33,14 +33,17 @@ class LlamaScope(Format):
         tensors = stored(file, _TENSORS, transposed=("W_enc", "W_dec"))
         scale = _scale(config, tensors["W_dec"].shape[-1])
         jumps = bool(config.get("jump_relu_threshold"))
+        activation = "jumprelu" if jumps else config.text("act_fn") or "relu"
         sae = Autoencoder(
             file.path,
             tensors,
-            "jumprelu" if jumps else config.text("act_fn") or "relu",
+            activation,
             hook,
             input_scale=scale,
             threshold=config.number("jump_relu_threshold") * (scale or 1) if jumps else None,
             centered=config.get("apply_decoder_bias_to_pre_encoder") is True,
+            k=config.count("top_k") if activation == "topk" else None,
+            by_norm=True,
         )
         config.check_sizes(sae, ["d_sae"], ["d_model"])
         return sae

@@ -12,7 +12,8 @@ from typing import ClassVar
 
 from surgery.edits.autoencoders.interface import Autoencoder, Config, Folder, Format, stored
 
-_TENSORS = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
+_FRAME = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "b_gate", "b_mag", "r_mag")
+_TENSORS = {name: name for name in _FRAME}
 _UNSCALED = (None, False, "none")
 
 
@@ -26,18 +27,26 @@ class SaeLens(Format):
         writes = _writes(cfg) if architecture.endswith("transcoder") else None
         architecture = architecture.removesuffix("transcoder").rstrip("_") or "standard"
         plain = cfg.text("activation_fn_str") or cfg.text("activation_fn") or "relu"
+        activation = plain if architecture == "standard" else architecture
         hook = cfg.text("metadata", "hook_name") or cfg.text("hook_name") or cfg.text("hook_point")
         sae = Autoencoder(
             file.path,
             stored(file, _TENSORS),
-            plain if architecture == "standard" else architecture,
+            activation,
             hook,
             input_scale=1.0 if cfg.get("normalize_activations") in _UNSCALED else None,
             centered=writes is None and cfg.get("apply_b_dec_to_input") is not False,
             writes=writes,
+            k=_active(cfg) if activation == "topk" else None,
+            by_norm=cfg.get("rescale_acts_by_decoder_norm") is True,
         )
         cfg.check_sizes(sae, ["d_sae"], ["d_in"])
         return sae
+
+
+def _active(cfg: Config) -> int | None:
+    """How many features are active on a token (before SAELens 6: an argument of the function)."""
+    return cfg.count("k") or cfg.count("activation_fn_kwargs", "k")
 
 
 def _writes(cfg: Config) -> str:

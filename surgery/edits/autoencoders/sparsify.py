@@ -21,14 +21,16 @@ class Sparsify(Format):
     def read(self, folder: Folder) -> Autoencoder:
         cfg = folder.config("cfg.json")
         file = folder.weights("sae.safetensors")
+        activation = cfg.text("activation") or "topk"
         skips = bool(cfg.get("skip_connection")) or "W_skip" in file.tensors
         cfg.refuse_transcoder(bool(cfg.get("transcode")) or skips)
         sae = Autoencoder(
             file.path,
             stored(file, _TENSORS, transposed=("W_enc",)),
-            cfg.text("activation") or "topk",
+            activation,
             folder.parts[-1] if folder.parts else None,
             centered=True,
+            k=cfg.count("k") if activation == "topk" else None,
         )
         cfg.check_sizes(sae, ["num_latents"], ["d_in"])
         return sae
