@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from surgery.edits import OPS
 from surgery.edits.autoencoders import Autoencoder, opened
 from surgery.edits.autoencoders.encoding import read_encoder
-from surgery.edits.autoencoders.hooks import Point, point_of
+from surgery.edits.autoencoders.hooks import MLP_INPUT, Point, point_of
 from surgery.errors import EditError, FindError, RecipeError
 from surgery.find.feature_effects import Z_SITE, Site, attribution, direct
 from surgery.find.interface import SCORE, Entry, Finder, Lab, Proposal, Ranking
@@ -78,10 +78,13 @@ class Features(Finder):
                 raise FindError(f"{sae.path}: every decoder row is zero")
             self._try(lab, point, int(usable[0]))
             site = Site(lab.live, lab.arch, point, read_encoder(sae))
-            if sae.writes is not None and self.method != "difference":
-                raise FindError(f"{sae.path}: is a transcoder; use --method difference")
-        columns = self._difference(lab, site) if self.method == "difference" else None
-        return self._ranking(point, usable, columns or self._effects(lab, site))
+            if point.site == MLP_INPUT and self.method != "difference":
+                raise FindError(
+                    f"{sae.path}: reads what an MLP reads and would write what it writes, so that "
+                    "no feature can be taken out; use --method difference"
+                )
+        measure = self._difference if self.method == "difference" else self._effects
+        return self._ranking(point, usable, measure(lab, site))
 
     def propose(self, lab: Lab, ranking: Ranking, chosen: Sequence[int]) -> Proposal:
         features = ranking.column("feature")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from finding import lab_of
+from finding import lab_of, planted
 from models import Zoo, deep
 from recipes import make_sae
 from sae_folders import files_of
@@ -383,6 +383,7 @@ def test_random_features_are_active_ones_that_were_not_chosen(zoo: Zoo, tmp_path
         ("gpt2", "hook_resid_post", {"strength": float("nan")}, "strength: Input should be"),
         ("gpt2", "hook_resid_post", {"method": "attribution"}, "no training prompt of set target"),
         ("gpt2", "mlp.input", {}, "orthogonalize on gpt2 needs one of"),
+        ("opt", "mlp.input", {"patch": "append_neuron", "method": "direct"}, "can be taken out"),
         ("gemma2", "hook_resid_post", {}, "orthogonalize is not exact on gemma2"),
         ("gptj", "hook_resid_mid", {}, "gptj has no single activation at blocks.1.hook_resid_mid"),
         ("gpt2", "hook_nothing", {}, "hook_nothing"),
@@ -402,6 +403,16 @@ def test_what_cannot_be_found_is_said_before_anything_runs(
     with pytest.raises(FindError, match=said):
         Features(str(tmp_path / "sae"), **options).rank(lab)
     assert not (tmp_path / "journal").exists()
+
+
+def test_features_of_what_an_mlp_reads_can_become_neurons(zoo: Zoo, tmp_path: Path) -> None:
+    make_sae(tmp_path / "sae", "blocks.1.mlp.input", 32, LATENTS)
+    lab = lab_of(zoo.checkpoint("opt"), stimuli(), tmp_path / "journal")
+    finder = Features(str(tmp_path / "sae"), patch="append_neuron", strength=2.0)
+    proposal = finder.propose(lab, finder.rank(lab), [0])
+    assert not proposal.untie
+    with planted(lab, proposal, tmp_path / "recipe"):
+        pass
 
 
 def test_prompts_of_one_set_alone_have_no_difference(zoo: Zoo, tmp_path: Path) -> None:
