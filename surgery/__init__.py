@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         diff,
         diff_weights,
         export,
+        find,
         gate,
         inspect,
         lineage,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         repro,
         revert,
         schema,
+        sweep_strength,
         validate,
         verify,
     )
@@ -43,6 +45,7 @@ __all__ = [
     "diff",
     "diff_weights",
     "export",
+    "find",
     "gate",
     "inspect",
     "lineage",
@@ -52,6 +55,7 @@ __all__ = [
     "repro",
     "revert",
     "schema",
+    "sweep_strength",
     "validate",
     "verify",
 ]

@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # a command imports what it uses and no more
     from surgery.compare import Comparison
     from surgery.export import ExportResult
     from surgery.export.lineage import Lineage
+    from surgery.find.result import Found
+    from surgery.find.sweep import Sweep
     from surgery.gate import Verdict
     from surgery.localize import Localization
     from surgery.plan import Plan
@@ -35,6 +37,7 @@ __all__ = [
     "diff",
     "diff_weights",
     "export",
+    "find",
     "gate",
     "inspect",
     "lineage",
@@ -44,6 +47,7 @@ __all__ = [
     "repro",
     "revert",
     "schema",
+    "sweep_strength",
     "validate",
     "verify",
 ]
@@ -189,7 +193,7 @@ def diff(
         onnx=_path(onnx),
         edited=_path(edited),
         edited_onnx=_path(edited_onnx),
-        stimuli=[Path(file) for file in stimuli],
+        stimuli=_paths(stimuli),
         policy=_policy(policy),
         **options,
     )
@@ -212,7 +216,7 @@ def localize(
         onnx=_path(onnx),
         edited=_path(edited),
         edited_onnx=_path(edited_onnx),
-        stimuli=[Path(file) for file in stimuli],
+        stimuli=_paths(stimuli),
         **options,
     )
 
@@ -236,7 +240,7 @@ def repro(
         onnx=_path(onnx),
         edited=_path(edited),
         edited_onnx=_path(edited_onnx),
-        stimuli=[Path(file) for file in stimuli],
+        stimuli=_paths(stimuli),
         **options,
     )
 
@@ -257,9 +261,78 @@ def validate(
         Path(recipe),
         Path(model),
         Path(output),
-        stimuli=[Path(file) for file in stimuli],
+        stimuli=_paths(stimuli),
         policy=_policy(policy),
         **options,
+    )
+
+
+def find(
+    kind: str,
+    model: AnyPath,
+    output: AnyPath,
+    *,
+    train: Sequence[AnyPath],
+    holdout: Sequence[AnyPath],
+    method: str | None = None,
+    raised: str | None = None,
+    lowered: str | None = None,
+    top: int | None = None,
+    seed: int = 0,
+    budget: int = 1024,
+    report: AnyPath | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Found:
+    """What to edit, written as the recipe `output`, with every candidate and the figures beside it.
+
+    `kind` is `heads`, `neurons`, `features`, `components`, `direction` or `layers`; `options` are
+    those of its command. `raised` or `lowered` names the metric to move, as a policy does; without
+    either the first answers of the target prompts are to be given more often.
+    """
+    from surgery.find.opening import Asked
+    from surgery.find.run import find as run
+    from surgery.find.run import silent
+
+    name, sign = _goal(raised, lowered)
+    asked = Asked(Path(model), _paths(train), _paths(holdout), name, sign, top, seed, budget)
+    return run(
+        kind,
+        asked,
+        Path(output),
+        report=_path(report),
+        method=method,
+        progress=progress or silent,
+        **options,
+    )
+
+
+def sweep_strength(
+    recipe: AnyPath,
+    model: AnyPath,
+    *,
+    stimuli: Sequence[AnyPath],
+    strengths: Sequence[float] | None = None,
+    tops: Sequence[int] | None = None,
+    raised: str | None = None,
+    lowered: str | None = None,
+    seed: int = 0,
+    allow_outside: bool = False,
+    progress: Progress | None = None,
+) -> Sweep:
+    """What a recipe does and costs at several strengths (1: as it is), or with the first so many
+    addresses of each edit, or at each of both; by default at six strengths."""
+    from surgery.find.opening import Asked
+    from surgery.find.run import silent
+    from surgery.find.run import sweep as run
+    from surgery.find.sweep import STRENGTHS, Setting
+
+    name, sign = _goal(raised, lowered)
+    asked = Asked(Path(model), (), _paths(stimuli), name, sign, seed=seed)
+    wanted = strengths or ((1.0,) if tops else STRENGTHS)
+    settings = [Setting(strength, top) for top in tops or (None,) for strength in wanted]
+    return run(
+        Path(recipe), asked, settings, allow_outside=allow_outside, progress=progress or silent
     )
 
 
@@ -302,6 +375,17 @@ def demo(output: AnyPath, *, show: Stages = print, progress: Stages | None = Non
 
 def _path(path: AnyPath | None) -> Path | None:
     return None if path is None else Path(path)
+
+
+def _paths(paths: Sequence[AnyPath]) -> tuple[Path, ...]:
+    return tuple(map(Path, paths))
+
+
+def _goal(raised: str | None, lowered: str | None) -> tuple[str | None, int]:
+    """The metric that is to move, None for the one that prompts suggest, and which way."""
+    if raised and lowered:
+        raise InputError("--raise and --lower name one metric between them; leave one out")
+    return raised or lowered, -1 if lowered else 1
 
 
 def _policy(policy: Policy | AnyPath | None) -> Policy:

@@ -225,19 +225,32 @@ class SiteInteraction:
 
 @dataclass(frozen=True)
 class Effect:
-    """One behaviour metric at every corner that ran, on one stimulus set."""
+    """One behaviour metric at every corner that ran, on one stimulus set.
+
+    `method` names what the number depends on beside its definition, such as a detector; changes
+    of a `relative` metric are shares of what it was.
+    """
 
     metric: str
     stimulus_set: str
     count: int
     corners: dict[str, float]
     unit: str
+    method: str = ""
+    relative: bool = False
 
     def change(self, runtime: str) -> float:
-        """Edited minus original in one runtime: `"T"` (PyTorch) or `"R"` (ONNX Runtime)."""
+        """Edited minus original, of a relative metric edited over original less 1, in one runtime:
+        `"T"` (PyTorch) or `"R"` (ONNX Runtime)."""
+        return self.step(f"{runtime}_o", f"{runtime}_e")
+
+    def step(self, one: str, other: str) -> float:
+        """As `change`, from any corner to any other; NaN where one of them is missing."""
         missing = float("nan")
-        after = self.corners.get(f"{runtime}_e", missing)
-        return after - self.corners.get(f"{runtime}_o", missing)
+        before, after = self.corners.get(one, missing), self.corners.get(other, missing)
+        if not self.relative:
+            return after - before
+        return after / before - 1 if before else missing
 
 
 @dataclass(frozen=True)

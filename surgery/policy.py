@@ -7,9 +7,10 @@ one. Limits are inclusive. `docs/policy.md` says where the numbers come from.
 from __future__ import annotations
 
 from os import PathLike
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from surgery.documents import SchemaOne, load_file, validate
 from surgery.errors import PolicyError
@@ -148,6 +149,13 @@ class Policy(_Section):
     preserve: PreservePolicy = PreservePolicy()
     target: tuple[TargetRule, ...] = ()
 
+    _word_lists: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def word_lists(self) -> dict[str, Any]:
+        """The `WordList`s that rules name, by name, as they were when the policy was loaded."""
+        return self._word_lists
+
     @property
     def confidences(self) -> set[float]:
         """Those that a limit or a rule asks for."""
@@ -160,8 +168,16 @@ BUILT_IN = Policy(schema=1)
 
 
 def load_policy(path: str | PathLike[str]) -> Policy:
-    """The policy of a YAML or JSON file; `PolicyError` names every problem at once."""
-    return validate(Policy, load_file(path, PolicyError), PolicyError)
+    """The policy of a YAML or JSON file; `PolicyError` names every problem at once.
+
+    Word lists that rules name (`word_rate:FILE.txt`) are read too; they lie in the policy's folder.
+    """
+    policy = validate(Policy, load_file(path, PolicyError), PolicyError)
+    if named := [rule.metric for rule in policy.target if ".txt" in rule.metric]:
+        from surgery.metrics import word_lists_of
+
+        policy._word_lists = word_lists_of(named, Path(path).parent)
+    return policy
 
 
 def policy_schema() -> dict[str, Any]:

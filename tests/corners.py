@@ -84,7 +84,7 @@ class Here:
         self, module: str, arguments: dict[str, Any], folder: Path, limits: Limits
     ) -> Ending:
         if arguments.get("action") == "exported" and not self._captures:
-            arguments = {**arguments, "action": "torch", "dtype": "float32"}
+            arguments = {**arguments, "action": "torch", "dtype": "float32", "caches": False}
         if arguments.get("action") in ("torch", "exported"):
             return self._boundaries(module, arguments, folder, limits)
         model = arguments.get("model", {})
@@ -101,7 +101,8 @@ class Here:
         self, module: str, arguments: dict[str, Any], folder: Path, limits: Limits
     ) -> Ending:
         """PyTorch's values at boundaries, which are the same whatever graph they are for."""
-        own = {name: arguments.get(name) for name in ("action", "model", "dtype", "task")}
+        names = ("action", "model", "dtype", "task", "caches")
+        own = {name: arguments.get(name) for name in names}
         own["sites"] = [{**b, "value": ""} for b in arguments["boundaries"]]
         hasher = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
         for name in ("batch", "given"):

@@ -11,7 +11,7 @@ import pytest
 from recipes import HEADS, apply_edits, make_sae, sae_edit, stored
 
 from surgery.compare import diff_weights
-from surgery.console import spans
+from surgery.console.words import spans
 
 
 def test_a_checkpoint_equals_itself(base_of: Callable[..., Path]) -> None:

@@ -6,9 +6,9 @@ Exit codes: 0 pass, 1 the verdict is fail, 2 bad input or usage, 3 environment o
 
 from __future__ import annotations
 
-from surgery.cli import checkpoints, graphs, house, verdicts
+from surgery.cli import checkpoints, finding, graphs, house, verdicts
 from surgery.cli.entry import main
 from surgery.cli.group import cli
 from surgery.cli.verdicts import FORMATS
 
-__all__ = ["FORMATS", "checkpoints", "cli", "graphs", "house", "main", "verdicts"]
+__all__ = ["FORMATS", "checkpoints", "cli", "finding", "graphs", "house", "main", "verdicts"]

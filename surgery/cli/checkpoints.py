@@ -30,7 +30,7 @@ def inspect(model: Path, allow_code: bool, json: bool) -> None:
     Example: surgery inspect fixtures/capitals-gpt2
     """
     from surgery.api import inspect as run
-    from surgery.console import inspection_text
+    from surgery.console.checkpoints import inspection_text
 
     found = run(model, allow_code=allow_code)
     echo_json(found.to_json()) if json else click.echo(inspection_text(found))
@@ -48,7 +48,7 @@ def plan(recipe: Path, model: Path, json: bool, **options: Any) -> None:
     Example: surgery plan recipe.yaml --model model/
     """
     from surgery.api import plan as run
-    from surgery.console import plan_json, plan_text
+    from surgery.console.checkpoints import plan_json, plan_text
 
     found = run(recipe, model, **options)
     echo_json(plan_json(found)) if json else click.echo(plan_text(found))
@@ -74,7 +74,8 @@ def apply(recipe: Path, model: Path, output: Path, **options: Any) -> None:
     """
     from surgery.api import apply as run
     from surgery.checkpoint import RECEIPT
-    from surgery.console import bar, count
+    from surgery.console.progress import bar
+    from surgery.console.words import count
     from surgery.revert import Restored
 
     with bar("editing") as progress:
@@ -100,7 +101,8 @@ def revert(edited: Path, delta: Path, output: Path, allow_code: bool) -> None:
     Example: surgery revert edited/ --delta edited.safetensors --output base/
     """
     from surgery.api import revert as run
-    from surgery.console import bar, count
+    from surgery.console.progress import bar
+    from surgery.console.words import count
 
     with bar("restoring") as progress:
         done = run(edited, delta, output, allow_code=allow_code, progress=progress)
@@ -123,7 +125,7 @@ def verify(edited: Path, json: bool, **options: Any) -> None:
     from dataclasses import asdict
 
     from surgery.api import verify as run
-    from surgery.console import bar
+    from surgery.console.progress import bar
 
     with bar("checking") as progress:
         found = run(edited, **options, progress=progress)
@@ -153,7 +155,7 @@ def diff_weights(a: Path, b: Path, allow_code: bool, json: bool, exit_code: bool
     from dataclasses import asdict
 
     from surgery.api import diff_weights as run
-    from surgery.console import comparison_text
+    from surgery.console.checkpoints import comparison_text
 
     found = run(a, b, allow_code=allow_code)
     echo_json(asdict(found)) if json else click.echo(comparison_text(found))

@@ -49,7 +49,8 @@ def export(model: Path, output: Path | None, json: bool, **options: Any) -> None
     Example: surgery export edited/ --output onnx/
     """
     from surgery.api import export as run
-    from surgery.console import export_text, staged_bar
+    from surgery.console.graphs import export_text
+    from surgery.console.progress import staged_bar
 
     with staged_bar() as (stage, progress):
         done = run(model, output, stage=stage, progress=progress, **options)
@@ -73,7 +74,7 @@ def cache_list(json: bool) -> None:
 
     Example: surgery cache list
     """
-    from surgery.console import cache_text
+    from surgery.console.graphs import cache_text
     from surgery.export.cache import entries
 
     found = entries()
@@ -86,7 +87,7 @@ def cache_clear() -> None:
 
     Example: surgery cache clear
     """
-    from surgery.console import size
+    from surgery.console.words import size
     from surgery.export.cache import clear
 
     click.echo(f"removed: {size(clear())}")
@@ -102,7 +103,8 @@ def lineage(model: Path, onnx: Path, json: bool) -> None:
     Example: surgery lineage --model model/ --onnx onnx/model.onnx
     """
     from surgery.api import lineage as run
-    from surgery.console import bar, lineage_text
+    from surgery.console.graphs import lineage_text
+    from surgery.console.progress import bar
 
     with bar("comparing") as progress:
         found = run(model, onnx, progress=progress)

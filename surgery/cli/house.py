@@ -34,7 +34,7 @@ def doctor(json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from surgery.console import doctor_text
+    from surgery.console.graphs import doctor_text
     from surgery.doctor import examine
 
     found = examine()
@@ -52,7 +52,7 @@ def demo(output: Path) -> None:
     Example: surgery demo --output demo/
     """
     from surgery.api import demo as run
-    from surgery.console import stages
+    from surgery.console.progress import stages
 
     with stages() as progress:
         passed = run(output, show=click.echo, progress=progress)

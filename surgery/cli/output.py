@@ -30,9 +30,14 @@ def finish(report: Any, tail: str = "") -> None:
 
 
 def echo_json(value: Any) -> None:
+    click.echo(json_text(value), nl=False)
+
+
+def json_text(value: Any) -> str:
+    """`value` as JSON, with a line's end; numbers that are none are strings."""
     from surgery.report.model import plain
 
-    click.echo(dumps(plain(value), indent=2, default=str, allow_nan=False))
+    return dumps(plain(value), indent=2, default=str, allow_nan=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -47,7 +47,7 @@ def diff(report: Path, policy: Path | None, timeout: float, **options: Any) -> N
     Example: surgery diff --model model/ --onnx model.onnx --report report.json
     """
     from surgery.api import diff as run
-    from surgery.console import stages
+    from surgery.console.progress import stages
     from surgery.differential import Limits
     from surgery.report.place import check_place
 
@@ -78,7 +78,7 @@ def validate(recipe: Path, output: Path, timeout: float, **options: Any) -> None
     Example: surgery validate recipe.yaml --model model/ --output out/ --stimuli target.jsonl
     """
     from surgery.api import validate as run
-    from surgery.console import stages
+    from surgery.console.progress import stages
     from surgery.differential import Limits
 
     with stages() as progress:
@@ -146,7 +146,8 @@ def localize(timeout: float, json: bool, **options: Any) -> None:
     Example: surgery localize --model model/ --onnx model.onnx
     """
     from surgery.api import localize as run
-    from surgery.console import localization_text, stages
+    from surgery.console.places import localization_text
+    from surgery.console.progress import stages
     from surgery.differential import Limits
 
     with stages() as progress:
@@ -172,7 +173,7 @@ def repro(output: Path, timeout: float, json: bool, **options: Any) -> None:
     Example: surgery repro --model model/ --onnx model.onnx --output bundles/
     """
     from surgery.api import repro as run
-    from surgery.console import stages
+    from surgery.console.progress import stages
     from surgery.differential import Limits
     from surgery.gate import EXIT_CODES
     from surgery.repro import text

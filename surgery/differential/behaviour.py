@@ -26,13 +26,14 @@ SLICE_BYTES = 64 << 20
 
 @dataclass
 class Tokens:
-    """-log p of the text's own next tokens at one corner, and the text of each."""
+    """A number of each token, -log p of the text's own next ones or a divergence, at one corner,
+    and the text of each."""
 
-    nll: list[NDArray[np.float64]] = field(default_factory=list)
+    values: list[NDArray[np.float64]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
 
     def all(self) -> NDArray[np.float64]:
-        return np.concatenate(self.nll) if self.nll else np.empty(0)
+        return np.concatenate(self.values) if self.values else np.empty(0)
 
 
 @dataclass
@@ -89,7 +90,7 @@ class BehaviourSums:
         for name, logs in some.logs.items():
             if logs.shape[-1] > int(batch.input_ids.max()):
                 own = self.tokens.setdefault((batch.stimulus_set, name), Tokens())
-                own.nll.append(nll_of_logs(logs[rows], following))
+                own.values.append(nll_of_logs(logs[rows], following))
                 own.texts += [batch.rows[row] for row in selected[rows, 0]]
 
     def _add_noises(self, some: _Slice) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.differential import caches, noise, profiles
+from surgery.differential.answers import logprobs_of
 from surgery.differential.behaviour import BehaviourSums, drifts
 from surgery.differential.corners import Ran
 from surgery.differential.effects import observe
@@ -60,7 +61,11 @@ def compare(ran: Ran, workload: Workload, task: Task) -> Evidence:
     texts = {name: texts_of(outcome, workload) for name, outcome in ended.items()}
     responses = {name: responses_of(outcome, workload) for name, outcome in ended.items()}
     parted = tuple(partings(responses, workload, sums.behaviour))
-    effects = tuple(observe(texts, workload, sums.behaviour))
+    answers = {
+        name: logprobs_of(workload.answers, outcome.continuations())
+        for name, outcome in ended.items()
+    }
+    effects = tuple(observe(texts, workload, sums.behaviour, answers))
     return Evidence(
         corners={name: _corner(name, outcome, workload) for name, outcome in ran.corners.items()},
         conversion=conversion,

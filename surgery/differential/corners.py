@@ -144,4 +144,5 @@ def _job(model: ModelRef, workload: Workload, scratch: Path, name: str) -> Job:
         workload.batches,
         embedding_rows=workload.vocab,
         generations=workload.generations,
+        continuations=tuple(answer.tokens for answer in workload.answers),
     )

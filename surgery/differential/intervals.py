@@ -38,7 +38,9 @@ def intervals(
             place = ("parted_rate", parted.stimulus_set, parted.pair, count, confidence)
             yield Interval(*place, hits / count, *exact_rate(hits, count, confidence))
         for effect in effects:
-            yield from effect.intervals(confidence)
+            # That of `kl` is there: the change of a metric that is 0 at the original is its value.
+            if effect.measure.name != "kl":
+                yield from effect.intervals(confidence)
 
 
 def _of_positions(

@@ -68,7 +68,7 @@ def explore(
             why = certain(compare(ran, look, task), policy)
             workload = needed(workload, look, policy, why) if why else workload
             rest = _without(workload, look)
-            if rest.batches or rest.generations:
+            if rest.batches or rest.generations or rest.answers:
                 ran = run_corners(pairs, task, rest, scratch, limits, progress, ran)
         progress("comparison")
         evidence = compare(ran, workload, task)
@@ -108,8 +108,7 @@ def only(workload: Workload, name: str) -> Workload:
         )
     if found.name not in known:
         [found] = workload.keep([found])
-    alone = replace(workload, batches=(found,), alone=found.name)
-    return replace(alone, measures=(), generations=(), responders=())
+    return replace(workload.batches_only((found,)), alone=found.name)
 
 
 # ---------------------------------------------------------------------------------- first look
@@ -121,12 +120,14 @@ def first_look(workload: Workload) -> Workload | None:
     rest = sum(map(cost, workload.batches)) - sum(map(cost, short)) + _generated(workload)
     if not short or 2 * workload.parameters * rest < REST_FLOPS:
         return None
-    return replace(workload, batches=tuple(short), measures=(), generations=(), responders=())
+    return workload.batches_only(tuple(short))
 
 
 def _generated(workload: Workload) -> int:
-    """Positions of greedy responses, each of whose tokens runs its whole prefix again."""
-    return sum(
+    """Positions of answers, and of greedy responses, each of whose tokens runs its whole prefix
+    again."""
+    forced = sum(len(own.tokens.prompt) + len(own.tokens.following) for own in workload.answers)
+    return forced + sum(
         request.max_new_tokens * (len(prompt) + request.max_new_tokens // 2)
         for request in workload.generations
         for prompt in request.prompts
@@ -175,6 +176,7 @@ def needed(workload: Workload, look: Workload, policy: Policy, why: str) -> Work
             measures=tuple(m for m in workload.measures if m.stimulus_set in sets),
             generations=tuple(request for request, _ in asked),
             responders=tuple(own for _, own in asked),
+            answers=tuple(own for own in workload.answers if own.stimulus in ids),
         ),
         skipped,
     )
@@ -197,7 +199,7 @@ def further(
     ran: Ran, workload: Workload, evidence: Evidence, policy: Policy, budget: float
 ) -> tuple[Workload, str]:
     """The probes that the time left allows, as a workload of their own, or why there are none."""
-    none = replace(workload, batches=(), measures=(), generations=(), responders=())
+    none = workload.batches_only(())
     why = certain(evidence, policy)
     if why:
         return none, f"a fault is certain: {why}"

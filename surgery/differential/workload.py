@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from surgery.arch import Architecture
 from surgery.checkpoint import Checkpoint
+from surgery.differential.answers import ForcedAnswer, forced_answers
+from surgery.differential.measures import Measure, measures_of, needs_words, responders_of
 from surgery.errors import NothingCompared, StimuliError
 from surgery.export.tasks import Task
-from surgery.metrics import Metric, make_metric
 from surgery.metrics.intervals import LEVELS
-from surgery.metrics.line_metric import ANSWER as LANGUAGE
 from surgery.policy import Policy
 from surgery.runtimes.child import Generation
 from surgery.stimuli import Batch, Stimulus
@@ -37,17 +37,9 @@ DEFAULT_SEED = 0
 
 
 @dataclass(frozen=True)
-class Measure:
-    """One metric on one stimulus set, under the name a policy gives it."""
-
-    name: str
-    stimulus_set: str
-    metric: Metric
-
-
-@dataclass(frozen=True)
 class Workload:
-    """`responders[i]` are the ids of the stimuli that `generations[i]` continues, in order.
+    """`responders[i]` are the ids of the stimuli that `generations[i]` continues, in order;
+    `answers` those whose probability is asked for.
 
     space: what probes of the model can be; parameters: how many it has; position_bytes: what the
     outputs of one position take; budget: bytes of outputs to keep; left_out: why a batch does not
@@ -67,6 +59,7 @@ class Workload:
     budget: int = 0
     left_out: Mapping[str, str] = field(default_factory=dict)
     alone: str = ""
+    answers: tuple[ForcedAnswer, ...] = ()
 
     @property
     def vocab(self) -> int:
@@ -83,6 +76,11 @@ class Workload:
     def most_positions(self) -> int:
         """Positions whose outputs one round can hold at once."""
         return OUTPUT_BUDGET // self.position_bytes
+
+    def batches_only(self, batches: tuple[Batch, ...]) -> Workload:
+        """These batches, and nothing that a metric asks for besides."""
+        none = replace(self, measures=(), generations=(), responders=(), answers=())
+        return replace(none, batches=batches)
 
     def keep(self, batches: Sequence[Batch]) -> list[Batch]:
         """`batches` with as many selected positions as there is room for."""
@@ -111,9 +109,9 @@ def make_workload(
     """The workload for one model; raises `StimuliError` for stimuli it cannot take and
     `PolicyError` for a metric that does not exist."""
     vocab, positions = arch.sizes["vocab"], arch.sizes["positions"]
+    measures = tuple(measures_of(stimuli, policy)) if task.causal else ()
     prompted = any(stimulus.prompt is not None for stimulus in stimuli)
-    responding = task.causal and any(stimulus.answers for stimulus in stimuli)
-    tokenizer = Tokenizer(model.root) if prompted or responding else None
+    tokenizer = Tokenizer(model.root) if prompted or needs_words(stimuli, measures) else None
     tokens = tokens_of(stimuli, tokenizer, vocab, positions)
     width = _position_bytes(arch, task) // 2
     parameters = _parameters(model)
@@ -126,9 +124,8 @@ def make_workload(
     # A text has one row of classes, whichever of its positions is asked for.
     budget = 0 if task.rows else OUTPUT_BUDGET
     kept = within_budget(batches, 2 * width, budget, seed)
-    measures = tuple(_measures(stimuli, policy)) if task.causal else ()
-    responders = _responders(stimuli, measures, tokens, tokenizer, positions)
-    ends = _end_tokens(model)
+    responders = responders_of(stimuli, measures, tokens, tokenizer, positions)
+    ends = end_tokens(model)
     return Workload(
         stimuli,
         tuple(kept),
@@ -145,6 +142,7 @@ def make_workload(
         2 * width,
         budget,
         probes.left_out | untold,
+        answers=forced_answers(stimuli, measures, tokens, tokenizer, positions),
     )
 
 
@@ -184,68 +182,8 @@ def _position_bytes(arch: Architecture, task: Task) -> int:
     return 8 * ((sizes["vocab"] if task.causal else arch.width) + cache)
 
 
-def _measures(stimuli: Sequence[Stimulus], policy: Policy) -> Iterator[Measure]:
-    """The policy's metrics, then those that the stimuli's own answers suggest."""
-    wanted: list[tuple[str, str]] = [(rule.metric, rule.set) for rule in policy.target]
-    for name in dict.fromkeys(stimulus.set for stimulus in stimuli):
-        wanted += [(metric, name) for metric in _suggested(stimuli, name)]
-    named = {metric.partition(":")[0] for metric, _ in wanted[: len(policy.target)]}
-    for index, (metric, stimulus_set) in enumerate(dict.fromkeys(wanted)):
-        # A rate over languages the policy already names is not measured twice.
-        again = index >= len(policy.target) and metric.startswith("line_pass_rate")
-        if not (again and "line_pass_rate" in named):
-            yield Measure(metric, stimulus_set, make_metric(metric))
-
-
-def _suggested(stimuli: Sequence[Stimulus], stimulus_set: str) -> Iterator[str]:
-    own = [stimulus for stimulus in stimuli if stimulus.set == stimulus_set]
-    names = sorted({name for stimulus in own for name in stimulus.answers or {}})
-    for name in names:
-        if name != LANGUAGE:
-            yield f"answer_rate:{name}"
-        elif stimulus_set == "target":
-            yield f"line_pass_rate:{','.join(_languages(stimuli))}"
-    if own:
-        yield "nll"
-
-
-def _languages(stimuli: Sequence[Stimulus]) -> list[str]:
-    return sorted({code for s in stimuli for code in (s.answers or {}).get(LANGUAGE, ())})
-
-
-def _responders(
-    stimuli: Sequence[Stimulus],
-    measures: Sequence[Measure],
-    tokens: Mapping[str, tuple[int, ...]],
-    tokenizer: Tokenizer | None,
-    positions: int,
-) -> dict[int, tuple[str, ...]]:
-    """Stimulus ids by the number of new tokens their metrics need, as far as the model reaches."""
-    found: dict[int, list[str]] = {}
-    for stimulus in stimuli:
-        needed = _new_tokens(stimulus, measures, tokenizer)
-        room = positions - len(tokens[stimulus.id])
-        if needed and room:
-            found.setdefault(min(needed, room), []).append(stimulus.id)
-    return {length: tuple(ids) for length, ids in sorted(found.items())}
-
-
-def _new_tokens(
-    stimulus: Stimulus, measures: Sequence[Measure], tokenizer: Tokenizer | None
-) -> int:
-    answers = [a for listed in (stimulus.answers or {}).values() for a in listed]
-    longest = max((len(tokenizer.encode(a)) for a in answers if tokenizer), default=0)
-    return max(
-        (
-            measure.metric.new_tokens(longest)
-            for measure in measures
-            if measure.stimulus_set == stimulus.set and measure.metric.applies(stimulus)
-        ),
-        default=0,
-    )
-
-
-def _end_tokens(model: Checkpoint) -> tuple[int, ...]:
+def end_tokens(model: Checkpoint) -> tuple[int, ...]:
+    """The tokens that end a response, by the config."""
     ends = model.config.get("eos_token_id")
     listed = ends if isinstance(ends, list) else [ends]
     return tuple(end for end in listed if type(end) is int)

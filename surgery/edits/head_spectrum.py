@@ -50,14 +50,15 @@ class HeadSpectrumFields(Fields):
             raise RecipeError("a component is named twice")
         refuse_missing(self.components, min(arch.sizes["head_dim"], arch.width), "a head's circuit")
         if self.circuit == "qk":
-            _refuse_qk(arch, self.fold_norm)
+            refuse_qk(arch, self.fold_norm)
             return QueryKey(heads, tuple(self.components), self.factor)
         if self.fold_norm and _norm(arch, computing(arch, "v", heads[0])) is None:
             raise EditError(f"{arch.family} has no norm before attention for fold_norm to fold in")
         return OutputValue(heads, tuple(self.components), self.factor, self.fold_norm)
 
 
-def _refuse_qk(arch: Architecture, fold_norm: bool) -> None:
+def refuse_qk(arch: Architecture, fold_norm: bool) -> None:
+    """Raises `EditError` where queries and keys do not meet as W_Q and W_K give them."""
     if fold_norm:
         raise EditError("fold_norm has no meaning with circuit qk: W_Q alone cannot hold the scale")
     if arch.qk_norm:
@@ -91,6 +92,23 @@ def read(reader: Reader, band: Band) -> Vectors:
             parts.append(slab[region.intersection(rows).within(rows)].astype(np.float64))
     matrix = np.concatenate(parts)
     return matrix if band.axis == 1 else matrix.T
+
+
+def reads(arch: Architecture, reader: Reader, part: str, head: Head, fold_norm: bool) -> Vectors:
+    """W_Q, W_K or W_V (`part` q, k or v) of a head, float64 [residual width, head_dim]: as it is
+    stored, or with the scale of the norm before it."""
+    band = computing(arch, part, head)
+    matrix, norm = read(reader, band), _norm(arch, band) if fold_norm else None
+    return matrix if norm is None else _folded(matrix, arch, reader, arch.name(norm, head.layer))
+
+
+def writes(arch: Architecture, reader: Reader, head: Head) -> Vectors:
+    """W_O of a head, transposed: float64 [residual width, head_dim]."""
+    return read(reader, _output(arch, head))
+
+
+def _output(arch: Architecture, head: Head) -> Band:
+    return Band(arch.head_region(head), arch.input_axis("o_proj"))
 
 
 @dataclass(frozen=True)
@@ -157,15 +175,11 @@ class OutputValue(CircuitSpectrum):
     fold_norm: bool
 
     def written(self, arch: Architecture, head: Head) -> Band:
-        return Band(arch.head_region(head), arch.input_axis("o_proj"))
+        return _output(arch, head)
 
     def vectors(self, arch: Architecture, reader: Reader, head: Head) -> Vectors:
-        band = computing(arch, "v", head)
-        values = read(reader, band)
-        norm = _norm(arch, band) if self.fold_norm else None
-        if norm is not None:
-            values = _folded(values, arch, reader, arch.name(norm, head.layer))
-        outputs = read(reader, self.written(arch, head))
+        values = reads(arch, reader, "v", head, self.fold_norm)
+        outputs = writes(arch, reader, head)
         refuse_nonfinite(np.concatenate([values, outputs]), head)
         _, squares, right = of_product(values, outputs)
         return self.chosen(head, squares, right)
@@ -197,7 +211,7 @@ class QueryKey(CircuitSpectrum):
         return computing(arch, "q", head)
 
     def vectors(self, arch: Architecture, reader: Reader, head: Head) -> Vectors:
-        queries, keys = (read(reader, computing(arch, part, head)) for part in "qk")
+        queries, keys = (reads(arch, reader, part, head, False) for part in "qk")
         refuse_nonfinite(np.concatenate([queries, keys]), head)
         left, squares, _ = of_product(queries, keys)
         return self.chosen(head, squares, left)
@@ -238,8 +252,8 @@ def _norm(arch: Architecture, band: Band) -> str | None:
     return arch.facts.modules[arch.roles[band.region.tensor].role].norm
 
 
-def _folded(values: Vectors, arch: Architecture, reader: Reader, norm: str) -> Vectors:
-    """W_V [width, head_dim] as it reads what the norm before it has only centred and divided."""
+def _folded(matrix: Vectors, arch: Architecture, reader: Reader, norm: str) -> Vectors:
+    """A matrix [width, head_dim] as it reads what the norm before it only centred and divided."""
     weight = np.concatenate([slab for _, slab in reader.rows(norm)]).astype(np.float64)
-    folded = (weight + arch.facts.norm_offset)[:, None] * values
+    folded = (weight + arch.facts.norm_offset)[:, None] * matrix
     return folded - folded.mean(axis=0) if arch.facts.norm == "layer" else folded

@@ -78,12 +78,7 @@ class LmHeadSpectrum(Edit):
         if self.factor == 1:
             return np.zeros((arch.width, 0))
         head = arch.name(arch.facts.tie.head)
-        gram = np.zeros((arch.width, arch.width))
-        for _, slab in reader.rows(head):
-            rows = slab.astype(np.float64)
-            gram += rows.T @ rows
-        refuse_nonfinite(gram, head)
-        return chosen(*of_gram(gram), self.components, head)
+        return chosen(*spectrum(reader, head, arch.width), self.components, head)
 
     def transform(self, slab: Array, where: Region, state: Vectors) -> Array:
         return project(slab, state, 1 - self.factor, where, None)
@@ -95,3 +90,14 @@ class LmHeadSpectrum(Edit):
         head = arch.module(model, arch.facts.tie.head)
         handle: AbstractContextManager[None] = head.register_forward_pre_hook(scale_components)
         return handle
+
+
+def spectrum(reader: Reader, head: str, width: int) -> tuple[Vectors, Vectors]:
+    """Squared singular values [width], falling, and right singular vectors [width, width], in
+    columns, of the tensor `head` [vocab, width]; raises `EditError` where it is not finite."""
+    gram = np.zeros((width, width))
+    for _, slab in reader.rows(head):
+        rows = slab.astype(np.float64)
+        gram += rows.T @ rows
+    refuse_nonfinite(gram, head)
+    return of_gram(gram)

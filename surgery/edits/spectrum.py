@@ -65,6 +65,12 @@ def chosen(squares: Vectors, vectors: Vectors, components: Sequence[int], what: 
     return vectors[:, list(components)]
 
 
+def distinct(squares: Vectors) -> NDArray[np.bool_]:
+    """Which components [d] have a direction of their own, whatever others are chosen."""
+    apart = squares[:-1] - squares[1:] > LEAST_GAP * squares[0]
+    return np.asarray(np.append(True, apart) & np.append(apart, True), np.bool_)
+
+
 def refuse_missing(components: Sequence[int], count: int, what: object) -> None:
     """Raises `EditError` for a component past the last."""
     if max(components) >= count:

@@ -20,8 +20,8 @@ from surgery.arch import Architecture
 from surgery.edits.autoencoders.encoding import Encoder
 from surgery.edits.autoencoders.hooks import Point
 from surgery.errors import FindError
+from surgery.find.hook_points import tapped
 from surgery.find.margins import Pairs, margins
-from surgery.find.points import tapped
 from surgery.find.prompts import Fed
 
 Z_SITE = "attn.hook_z"

@@ -30,7 +30,9 @@ from surgery.errors import EditError, FindError, RecipeError
 from surgery.find.feature_effects import Z_SITE, Site, attribution, direct
 from surgery.find.interface import SCORE, Entry, Finder, Lab, Proposal, Ranking
 from surgery.find.margins import pairs_of
-from surgery.find.prompts import Ids, fed, parts, prompts_of, questions_of
+from surgery.find.prompts import fed, prompts_of, questions_of
+from surgery.find.rows import Row, pieces, refuse_encoder
+from surgery.find.tables import by_score
 from surgery.recipe import Recipe, RecipeFolder
 
 Sums = Mapping[str, NDArray[np.float64]]
@@ -41,7 +43,7 @@ ON_WRITERS = ("orthogonalize", "rank1")
 POSITIONS = ("mean", "last")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Features(Finder):
     """sae: the autoencoder's folder. patch: what the recipe does with the features, by default
     `z_project` for an autoencoder of attention's heads and else `orthogonalize`, `strength` times.
@@ -55,7 +57,7 @@ class Features(Finder):
     methods: ClassVar[tuple[str, ...]] = ("difference", "attribution", "direct")
     sizes: ClassVar[tuple[int, ...]] = (1, 3, 5, 11, 25)
 
-    sae: str
+    sae: Path
     method: str = "difference"
     patch: str | None = None
     strength: float = 1.0
@@ -107,8 +109,7 @@ class Features(Finder):
         return self.propose(lab, ranking, [int(index) for index in drawn])
 
     def _check(self, lab: Lab) -> None:
-        if lab.arch.facts.kind != "decoder":
-            raise FindError(f"{lab.arch.family} is no decoder; find features needs one")
+        refuse_encoder(lab, "find features")
         if self.position not in POSITIONS:
             raise FindError(f"position is {self.position!r}; expected {' or '.join(POSITIONS)}")
         if self.steps < 1:
@@ -116,7 +117,7 @@ class Features(Finder):
 
     @contextmanager
     def _opened(self) -> Iterator[Autoencoder]:
-        with opened(self.sae, self._files(), pickle=self.pickle) as sae:
+        with opened(str(self.sae), self._files(), pickle=self.pickle) as sae:
             yield sae
 
     def _files(self) -> RecipeFolder:
@@ -139,7 +140,8 @@ class Features(Finder):
     def _try(self, lab: Lab, point: Point, feature: int) -> None:
         """Raises `FindError` where this model has no place for the patch."""
         try:
-            entry = OPS["sae"].model_validate(self._entry(point, [feature]))
+            fields = {**self._entry(point, [feature]), "sae": str(self.sae)}
+            entry = OPS["sae"].model_validate(fields)
             entry.build(lab.arch, self._files())
         except (EditError, RecipeError) as error:
             raise FindError(str(error)) from None
@@ -158,7 +160,7 @@ class Features(Finder):
             "frequency": found[TARGET]["frequency"],
         }
 
-    def _activity(self, lab: Lab, site: Site, name: str, rows: Sequence[Ids]) -> Sums:
+    def _activity(self, lab: Lab, site: Site, name: str, rows: Sequence[Row]) -> Sums:
         """The mean over prompts of each feature's activation, and how often it is active."""
 
         def of(part: slice) -> dict[str, Any]:
@@ -197,11 +199,8 @@ class Features(Finder):
         }
 
     def _ranking(self, point: Point, usable: NDArray[Any], columns: Sums) -> Ranking:
-        score = columns[SCORE][usable]
-        if not np.isfinite(score).all():
+        if not np.isfinite(columns[SCORE][usable]).all():
             raise FindError(f"features of {self.sae} have scores that are no numbers")
-        order = usable[np.argsort(-score, kind="stable")]
-        rows = [(float(i), *(float(column[i]) for column in columns.values())) for i in order]
         facts = {
             "layer": point.layer,
             "site": point.site,
@@ -209,13 +208,14 @@ class Features(Finder):
             "silent": int((columns["frequency"] == 0).sum()),
             "unusable": len(columns[SCORE]) - len(usable),
         }
-        return Ranking(("feature", *columns), tuple(rows), facts=facts)
+        own = {name: column[usable] for name, column in columns.items()}
+        return by_score({"feature": usable, **own}, facts)
 
 
 def _means(lab: Lab, name: str, count: int, of: Callable[[slice], dict[str, Any]]) -> Sums:
     """What `of` sums over each batch, over all `count` prompts and divided by them."""
     total: dict[str, Any] = {}
-    for part in parts(count, lab.budget):
+    for part in pieces(count, lab.budget):
         sums = lab.journal.arrays(f"{name}: {part.start} to {part.stop}", partial(of, part))
         total = {key: total.get(key, 0.0) + value for key, value in sums.items()}
         lab.progress(name, part.stop, count)

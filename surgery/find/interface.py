@@ -93,13 +93,19 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Proposal:
-    """Recipe entries, as a recipe has them, and the tensors that `Lab.tensors` will hold."""
+    """Recipe entries, as a recipe has them, and the tensors that `Lab.tensors` will hold.
+
+    A value of an entry that is a `Path` is a place on disk, which the recipe names relative to its
+    own folder.
+    """
 
     entries: tuple[Entry, ...]
     tensors: Mapping[str, Array] = field(default_factory=dict)
     untie: bool = False
+    allow_overlap: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
 class Finder(ABC):
     """One kind of thing to edit. Subclasses are frozen dataclasses whose fields are the options of
     the command; `method` is one of `methods`, of which the first is the default."""

@@ -4,8 +4,8 @@ Path patching (Wang et al. 2022, arXiv 2211.00593, section 3.1), as PH3 uses it 
 the sender's output z is taken from the corrupted prompt, all other heads keep their clean outputs,
 MLPs and norms follow. What is exchanged at one position then changes the residual stream at that
 position alone, because only attention mixes positions: so later blocks run on one token for each
-prompt and head. The model's own blocks run, with their attention's projections left out and the
-input of `o_proj` given, so that norms, parallel MLPs and scales are those of the family.
+prompt and head. The model's own blocks run, with their attention's projections left out and what
+`o_proj` gives put in, so that norms, parallel MLPs and scales are those of the family.
 """
 
 from __future__ import annotations
@@ -24,12 +24,38 @@ ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 class Recorded:
     """One run of n prompts at p of their positions (1: the last; or all), as torch tensors.
 
-    z: what each layer's `o_proj` reads, [n, p, heads * head_dim]; residual: what enters each
-    block and, last of all, the final norm, [n, p, width].
+    z: what each layer's `o_proj` reads, [n, p, heads * head_dim]; attention: what it gives,
+    [n, p, width]; residual: what enters each block and, last of all, the final norm (the output
+    head where there is none), [n, p, width].
     """
 
     z: tuple[Any, ...]
+    attention: tuple[Any, ...]
     residual: tuple[Any, ...]
+
+    def last(self) -> Recorded:
+        """The last position alone."""
+        return self.each(lambda own: own[:, -1:])
+
+    def of(self, prompts: Any) -> Recorded:
+        """Some of the prompts."""
+        return self.each(lambda own: own[prompts])
+
+    def each(self, change: Callable[[Any], Any]) -> Recorded:
+        """Every tensor changed."""
+        kinds = (self.z, self.attention, self.residual)
+        return Recorded(*(tuple(map(change, kind)) for kind in kinds))
+
+    @staticmethod
+    def joined(parts: Sequence[Recorded]) -> Recorded:
+        """The prompts of several, equally long, as one."""
+        import torch
+
+        def join(kind: str) -> tuple[Any, ...]:
+            every = zip(*(getattr(part, kind) for part in parts), strict=True)
+            return tuple(map(torch.cat, every))
+
+        return Recorded(join("z"), join("attention"), join("residual"))
 
 
 class Patching:
@@ -37,8 +63,11 @@ class Patching:
 
     def __init__(self, model: Any, arch: Architecture) -> None:
         self._model, self._arch = model, arch
-        self._blocks = [arch.block(model, layer) for layer in range(arch.layers)]
-        self._readers = [*self._blocks, arch.module(model, "final_norm")]
+        self._head = model.get_output_embeddings()
+        # An old OPT has no norm there: the head then is what reads the stream last.
+        normed = "final_norm" in arch.facts.modules
+        last = arch.module(model, "final_norm") if normed else self._head
+        self._readers = [*(arch.block(model, layer) for layer in range(arch.layers)), last]
         self._outputs = [arch.module(model, "o_proj", layer) for layer in range(arch.layers)]
         self._inputs = [
             (arch.module(model, role, layer), arch.shape(role, "weight")[1 - arch.input_axis(role)])
@@ -46,74 +75,104 @@ class Patching:
             if role in arch.facts.modules
             for layer in range(arch.layers)
         ]
-        self._head = model.get_output_embeddings()
-        self._tuples = False
 
-    def record(self, inputs: Mapping[str, Any], whole: bool = False) -> Recorded:
+    @property
+    def layers(self) -> int:
+        return self._arch.layers
+
+    @property
+    def heads(self) -> int:
+        """In each layer."""
+        return self._arch.sizes["heads"]
+
+    def record(
+        self, inputs: Mapping[str, Any], whole: bool = False, budget: int | None = None
+    ) -> Recorded:
         """A run of left-padded prompts: `input_ids`, `attention_mask` and, where the model takes
-        them, `position_ids`, all [n, length]; at the last position, or at all."""
+        them, `position_ids`, all [n, length]; at the last position, or at all. As many prompts run
+        at a time as have at most `budget` tokens, or one."""
+        prompts, length = inputs["input_ids"].shape
+        step = prompts if budget is None else max(1, budget // length)
+        parts = [slice(start, start + step) for start in range(0, prompts, step)]
+        feeds = ({name: own[part] for name, own in inputs.items()} for part in parts)
+        return Recorded.joined([self._recorded(feed, whole) for feed in feeds])
+
+    def _recorded(self, inputs: Mapping[str, Any], whole: bool) -> Recorded:
         import torch
 
-        z: list[Any] = [None] * self._arch.layers
+        z: list[Any] = [None] * self.layers
+        attention: list[Any] = [None] * self.layers
         residual: list[Any] = [None] * len(self._readers)
 
-        def keep(into: list[Any], layer: int) -> Callable[..., None]:
-            def hook(module: Any, given: Any, named: Any) -> None:
-                value = given[0] if given else next(iter(named.values()))
-                into[layer] = value if whole else value[:, -1:].clone()
+        def keep(into: list[Any], layer: int, value: Any) -> None:
+            # Cloned at once: some families add to these tensors in place.
+            into[layer] = (value if whole else value[:, -1:]).clone()
 
-            return hook
+        def before(into: list[Any], layer: int) -> Callable[..., None]:
+            return lambda module, given, named: keep(
+                into, layer, given[0] if given else next(iter(named.values()))
+            )
 
-        def note(module: Any, given: Any, result: Any) -> None:
-            self._tuples = isinstance(result, tuple)
+        def after(layer: int) -> Callable[..., None]:
+            return lambda module, given, result: keep(attention, layer, result)
 
         with ExitStack() as stack, torch.no_grad():
-            stack.enter_context(self._blocks[0].register_forward_hook(note))
             for into, modules in ((z, self._outputs), (residual, self._readers)):
                 for layer, module in enumerate(modules):
-                    hook = keep(into, layer)
-                    stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-            self._model.base_model(**inputs, use_cache=False)
-        return Recorded(tuple(z), tuple(residual))
+                    hook = module.register_forward_pre_hook(before(into, layer), with_kwargs=True)
+                    stack.enter_context(hook)
+            for layer, module in enumerate(self._outputs):
+                stack.enter_context(module.register_forward_hook(after(layer)))
+            stack.enter_context(_replaced(self._head, _shortened))
+            self._model(**inputs, use_cache=False)
+        return Recorded(tuple(z), tuple(attention), tuple(residual))
 
-    def logits(self, first: int, residual: Any, z: Sequence[Any], tokens: Any) -> Any:
-        """Logits [m, p, k] of `tokens` [m, k] when the blocks from `first` on run with what
-        enters that block, [m, p, width], and what each layer's `o_proj` reads, `z[layer]`
-        [m, p, heads * head_dim]; with `first` the number of layers, the final norm alone."""
-        with self._frozen(first, residual, z), self._selected(tokens):
-            return self._model(inputs_embeds=residual, use_cache=False).logits
-
-    def _pass_by(self, hidden: Any, *given: Any, **named: Any) -> Any:
-        """A block that does nothing: some families' blocks give attention weights as well."""
-        return (hidden, None) if self._tuples else hidden
+    def projected(self, layer: int, z: Any) -> Any:
+        """What the layer's `o_proj` gives of heads' outputs z [..., heads * head_dim]."""
+        return self._outputs[layer](z)
 
     def written(self, layer: int, z: Any) -> Any:
         """What heads' outputs z [..., heads * head_dim] of a layer add to the residual stream,
         [..., width]: through `o_proj` and, in some families, a norm after it."""
         norm = self._arch.facts.modules["o_proj"].norm
-        added = self._outputs[layer](z)
+        added = self.projected(layer, z)
         return self._arch.module(self._model, norm, layer)(added) if norm else added
 
+    def logits(self, first: int, residual: Any, attention: Sequence[Any], tokens: Any) -> Any:
+        """Logits [m, p, k] of `tokens` [m, k] when the blocks from `first` on run with what
+        enters that block, [m, p, width], and what the `o_proj` of each of them gives, in turn
+        [m, p, width]; with `first` the number of layers, the final norm alone."""
+        with self._from(first), self._given(first, residual, attention), self._selected(tokens):
+            return self._model(inputs_embeds=residual, use_cache=False).logits
+
     @contextmanager
-    def _frozen(self, first: int, residual: Any, z: Sequence[Any]) -> Iterator[None]:
-        """Blocks before `first` are passed by, attention is given."""
+    def _from(self, first: int) -> Iterator[None]:
+        """While entered, the model has no blocks before `first`."""
+        import torch
+
+        path, _, name = self._arch.facts.block.rpartition(".{layer}")[0].rpartition(".")
+        holder = self._model.base_model.get_submodule(path)
+        every = getattr(holder, name)
+        setattr(holder, name, torch.nn.ModuleList(list(every)[first:]))
+        try:
+            yield
+        finally:
+            setattr(holder, name, every)
+
+    @contextmanager
+    def _given(self, first: int, residual: Any, attention: Sequence[Any]) -> Iterator[None]:
+        """While entered, block `first` reads `residual`, and attention gives `attention`."""
 
         def enter(module: Any, given: Any, named: Any) -> Any:
             return _with_first(residual, given, named)
 
-        def read(layer: int) -> Callable[..., Any]:
-            return lambda module, given: (z[layer], *given[1:])
-
         with ExitStack() as stack:
-            for block in self._blocks[:first]:
-                stack.enter_context(_replaced(block, self._pass_by))
             for module, width in self._inputs:
                 stack.enter_context(_replaced(module, _zeros(width)))
+            for module, value in zip(self._outputs[first:], attention, strict=True):
+                stack.enter_context(_replaced(module, _constant(value)))
             hook = self._readers[first].register_forward_pre_hook(enter, with_kwargs=True)
             stack.enter_context(hook)
-            for layer in range(first, self._arch.layers):
-                hook = self._outputs[layer].register_forward_pre_hook(read(layer))
-                stack.enter_context(hook)
             yield
 
     @contextmanager
@@ -132,6 +191,15 @@ class Patching:
 def _zeros(width: int) -> Callable[..., Any]:
     """A projection to so many features that costs nothing."""
     return lambda hidden: hidden.new_zeros(1).expand(*hidden.shape[:-1], width)
+
+
+def _shortened(hidden: Any) -> Any:
+    """In place of logits that nobody reads."""
+    return hidden[..., :1]
+
+
+def _constant(value: Any) -> Callable[..., Any]:
+    return lambda *given, **named: value
 
 
 def _with_first(value: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Any:

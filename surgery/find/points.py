@@ -1,61 +1,107 @@
-"""Hook points of a live model: what an autoencoder reads there, and what goes on from there."""
+"""The scoring prompts of a search for neurons: what a model said up to its confusion points."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from surgery.arch import Architecture
-from surgery.edits.autoencoders.hooks import MLP_INPUT, Point, named_modules
+import numpy as np
+from numpy.typing import NDArray
+
+from surgery.differential.workload import end_tokens
 from surgery.errors import FindError
+from surgery.find.confusion import Judge, find_slip
+from surgery.find.interface import Lab
+from surgery.metrics.languages import ANSWER
+from surgery.runtimes.generate import GROUP, Generation, generate
+from surgery.stimuli import Stimulus
+from surgery.stimuli.prompts import tokens_of
 
-Change = Callable[[Any], Any]
+Tokens = tuple[int, ...]
+NOTHING = -1
+"""In place of the tokens that a response has not."""
 
 
-@contextmanager
-def tapped(
-    model: Any, arch: Architecture, point: Point, shape: tuple[int, int], change: Change
-) -> Iterator[None]:
-    """While entered, the activation [batch, length, width] at `point` becomes what `change` makes
-    of it, in runs of `shape` (batch, length). Raises `FindError` for a point that is not there.
+@dataclass(frozen=True)
+class Points:
+    """The prompts to score neurons at, token ids up to the confusion point, and how they came."""
+
+    prompts: tuple[Tokens, ...]
+    facts: dict[str, Any]
+
+
+def confusion_points(lab: Lab, new_tokens: int, languages: Sequence[str]) -> Points:
+    """Of the target prompts, of which `answers.language` says what they may be answered in.
+
+    `languages` are those the detector chooses among, English with them; by default those of the
+    answers. Raises `FindError` where no such prompt is there or no response slips into English.
     """
-    module, side = module_at(model, arch, point)
-
-    def changed(value: Any) -> Any:
-        # Some families flatten batch and length before their MLP.
-        return change(value.reshape(*shape, -1)).reshape(value.shape)
-
-    def before(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (changed(inputs[0]), *inputs[1:])
-
-    def after(module: Any, inputs: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (changed(output[0]), *output[1:])
-        return changed(output)
-
-    if side == "input":
-        handle = module.register_forward_pre_hook(before)
-    else:
-        handle = module.register_forward_hook(after)
-    with handle:
-        yield
-
-
-def module_at(model: Any, arch: Architecture, point: Point) -> tuple[Any, str]:
-    """The live module whose `input` or `output` is the activation at `point`.
-
-    Raises `FindError` where there is none.
-    """
-    sequential = arch.facts.norms != "post" and not arch.facts.parallel
-    if point.site == "hook_resid_mid" and sequential:
-        return arch.module(model, "mlp_norm", point.layer), "input"
-    found = [(path, side) for path, side, site in named_modules(arch) if site == point.site]
-    inside_mlp = point.site in (MLP_INPUT, "hook_mlp_out")
-    if not found or (inside_mlp and point.layer in arch.sparse):
+    stimuli = tuple(s for s in lab.of_set("target") if s.answers and ANSWER in s.answers)
+    if not stimuli or lab.tokenizer is None:
         raise FindError(
-            f"{arch.family} has no single activation at {point}; give an autoencoder of the "
-            "residual stream, of hook_attn_out or of attn.hook_z"
+            "confusion points need a tokenizer.json and target prompts with answers.language; "
+            "without them use method auroc"
         )
-    path, side = found[0]
-    return model.base_model.get_submodule(path.format(layer=point.layer)), side
+    accepted = [_accepted(stimulus) for stimulus in stimuli]
+    judge = Judge(languages or {code for codes in accepted for code in codes})
+    prompts, slips, generated = [], 0, 0
+    for (prompt, response), codes in zip(
+        _responses(lab, stimuli, new_tokens), accepted, strict=True
+    ):
+        generated += len(response)
+        slip = find_slip(response, lab.tokenizer.decode, codes, judge)
+        slips += slip is not None
+        if slip is not None and slip.point is not None:
+            prompts.append((*prompt, *response[: slip.point]))
+    if not prompts:
+        raise FindError(
+            f"none of {len(stimuli)} target prompts is answered in English against its "
+            f"answers.language ({judge.name}), so there is no confusion to find neurons of"
+        )
+    facts = {
+        "detector": judge.name,
+        "prompts": len(stimuli),
+        "new_tokens": new_tokens,
+        "generated_tokens": generated,
+        "confused": slips,
+        "confusion_points": len(prompts),
+    }
+    return Points(tuple(prompts), facts)
+
+
+def _accepted(stimulus: Stimulus) -> tuple[str, ...]:
+    return (stimulus.answers or {})[ANSWER]
+
+
+def _responses(
+    lab: Lab, stimuli: Sequence[Stimulus], new_tokens: int
+) -> Iterator[tuple[Tokens, Tokens]]:
+    """Each stimulus's prompt and greedy response."""
+    sizes = lab.arch.sizes
+    tokens = tokens_of(stimuli, lab.tokenizer, sizes["vocab"], sizes["positions"])
+    prompts = [tokens[stimulus.id] for stimulus in stimuli]
+    for start in range(0, len(prompts), GROUP):
+        lab.progress("responses", start, len(prompts))
+        group = tuple(prompts[start : start + GROUP])
+        room = min(new_tokens, sizes["positions"] - max(map(len, group)))
+        kept = lab.journal.array(f"responses {start}", partial(_respond, lab, group, room))
+        for prompt, row in zip(group, kept, strict=True):
+            yield prompt, tuple(row[row != NOTHING].tolist())
+
+
+def _respond(lab: Lab, prompts: tuple[Tokens, ...], most: int) -> NDArray[np.int64]:
+    """Greedy responses of at most so many tokens, [prompts, most], filled up with `NOTHING`."""
+    [made] = generate(lab.runtime, [Generation(prompts, most, end_tokens(lab.checkpoint))])
+    rows = np.full((len(prompts), most), NOTHING)
+    for row, response in zip(rows, made.tokens, strict=True):
+        row[: len(response)] = response
+    return rows
+
+
+def tokens_in(lab: Lab, name: str) -> tuple[Tokens, ...]:
+    """The token ids of every prompt of a set."""
+    sizes, stimuli = lab.arch.sizes, lab.of_set(name)
+    tokens = tokens_of(stimuli, lab.tokenizer, sizes["vocab"], sizes["positions"])
+    return tuple(tokens[stimulus.id] for stimulus in stimuli)

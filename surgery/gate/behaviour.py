@@ -274,7 +274,7 @@ def between_runtimes(evidence: Evidence, rule: TargetRule) -> float:
     """A/A: the largest difference of the rule's metric between the two runtimes of one model; NaN
     where that was not measured."""
     found = [
-        abs(row.corners.get(onnx, math.nan) - row.corners.get(torch, math.nan))
+        abs(row.step(torch, onnx))
         for row in evidence.effects
         if row.metric == rule.metric and row.stimulus_set == rule.set
         for torch, onnx in EDGES.values()

@@ -37,15 +37,19 @@ class Runs:
         boundaries: Sequence[Boundary],
         dtype: str,
         given: Mapping[str, NDArray[Any]] | None = None,
+        *,
+        caches: bool = False,
     ) -> Arrays:
         """What crosses each boundary in PyTorch, by site, and the task's output; with the values
-        of `given`, by site too, read on in place of what is computed there."""
+        of `given`, by site too, read on in place of what is computed there. With `caches`, all
+        `present.N.key|value` as well."""
         return self._run(
             action="torch",
             model=str(self.pair.model.absolute()),
             dtype=dtype,
             boundaries=[asdict(boundary) for boundary in boundaries],
             given=self._save("given", dict(given or {})),
+            caches=caches,
         )
 
     def exported(self, boundaries: Sequence[Boundary], given: Mapping[str, NDArray[Any]]) -> Arrays:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,10 +58,10 @@ def became_of_edit(
     wrong = {finding.stage for finding in findings} >= {"conversion", "interaction"}
     if not wrong or any(name in text for name in RHO_NAMES.values() for text in told):
         return []
-    asked = replace(workload, measures=(), generations=(), responders=())
+    asked = workload.batches_only(workload.batches)
     try:
         return list(_supposed(pairs["C_o"], pairs["C_e"], task, asked, limits, progress))
-    except Exception as error:
+    except Exception as error:  # whatever a search meets, what was measured stays
         text = f"R_e: what became of the edit was not found: {one_line(str(error))}"
         return [Finding("localize", "not found", "R_e", text)]
 

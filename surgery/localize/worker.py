@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from surgery import process
 from surgery.export.tasks import find_task
 from surgery.localize.boundaries import OUTPUT, Boundary
+from surgery.runtimes.graph import PRESENT
 from surgery.runtimes.interface import ModelRef
 
 Arrays = dict[str, NDArray[Any]]
@@ -48,7 +49,8 @@ def _torch(job: dict[str, Any], inputs: Arrays) -> Arrays:
     with _watched(runtime.live, arch, boundaries, kept, _arrays(job["given"])):
         found = runtime.infer(inputs)
     output = find_task(job["task"]).output
-    return kept | {output: found[output]}
+    caches = {n: a for n, a in found.items() if job["caches"] and n.startswith(PRESENT)}
+    return kept | caches | {output: found[output]}
 
 
 def _exported(job: dict[str, Any], inputs: Arrays) -> Arrays:

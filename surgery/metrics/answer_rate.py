@@ -1,12 +1,14 @@
 """Answer rate: how often the greedy answer is one of the named ones (PH3, arXiv 2402.18154).
 
 R_m = f_m / (f_m + f_c + f_o): the share of prompts whose continuation starts with an answer
-called m, among all prompts that have such an answer.
+called m, among all prompts that have such an answer. A continuation is the memory's, the context's
+or another: where it starts with answers of several names, the longest is the one it gives.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import ClassVar
 
 from surgery.metrics.interface import Metric, Needs, Observed, mean
@@ -33,11 +35,21 @@ class AnswerRate(Metric):
         pairs = zip(observed.stimuli, observed.responses, strict=True)
         return mean(
             [
-                float(starts_with(response, (stimulus.answers or {})[self.answer]))
+                float(self.answer in given_names(response, stimulus.answers or {}))
                 for stimulus, response in pairs
                 if self.applies(stimulus)
             ]
         )
+
+
+def given_names(response: str, answers: Mapping[str, tuple[str, ...]]) -> set[str]:
+    """The names of the answer that `response` gives: several where the same answer has several."""
+    found = {
+        name: max((len(a.strip()) for a in listed if starts_with(response, (a,))), default=0)
+        for name, listed in answers.items()
+    }
+    longest = max(found.values(), default=0)
+    return {name for name, length in found.items() if length == longest > 0}
 
 
 def starts_with(response: str, answers: tuple[str, ...]) -> bool:

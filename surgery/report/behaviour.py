@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from surgery.evidence import DELTA_LEVELS, EDITS, KL_LEVELS, Divergence, Interval
-from surgery.report.cells import ABSENT, Table, make_table, number, percent, signed
+from surgery.report.cells import ABSENT, Table, changed, make_table, number, percent, signed
 from surgery.report.model import Report
 
 PAIR_NAMES = {"C_o": "C_o", "C_e": "C_e", "T": "E/PyTorch", "R": "E/ONNX"}
@@ -163,7 +163,7 @@ def _responses(report: Report, shown: Shown) -> Table:
 
 def _changes(report: Report) -> Table:
     """The metrics' changes, which are the intervals of no pair's own statistics."""
-    metrics = {effect.metric for effect in report.effects}
+    relative = {(e.metric, e.stimulus_set): e.relative for e in report.effects}
     headers = ("metric", "set", "edit in", "n", "change", "confidence", "from", "to")
     cells = (
         (
@@ -171,13 +171,14 @@ def _changes(report: Report) -> Table:
             row.stimulus_set,
             EDIT_NAMES.get(row.pair, row.pair),
             number(row.count),
-            signed(row.estimate),
+            spell(row.estimate),
             f"{row.confidence:.4g}",
-            signed(row.low),
-            signed(row.high),
+            spell(row.low),
+            spell(row.high),
         )
         for row in report.intervals
-        if row.quantity in metrics and row.pair in EDITS
+        if (row.quantity, row.stimulus_set) in relative and row.pair in EDITS
+        for spell in [changed if relative[row.quantity, row.stimulus_set] else signed]
     )
     return make_table(TITLES[5], headers, cells, *range(3, len(headers)), names=("metric",))
 

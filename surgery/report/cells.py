@@ -44,6 +44,11 @@ def signed(value: float) -> str:
     return ("+" if value > 0 else "") + number(value)
 
 
+def changed(share: float) -> str:
+    """A change that is a share of what it changes: `+9.50%`."""
+    return ("+" if share > 0 else "") + percent(share)
+
+
 def percent(share: float) -> str:
     return f"{share:.2%}" if math.isfinite(share) else number(share)
 

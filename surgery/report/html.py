@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from surgery.evidence import CORNERS, EDGES, Effect
@@ -17,7 +17,7 @@ from surgery.report.model import CornerName, Report
 from surgery.report.tables import HEADLINES, change, headline, subline, tables
 from surgery.syntax import printable
 
-TEMPLATE = Path(__file__).with_name("page.html.j2")
+TEMPLATES = Path(__file__).parent
 
 PLACES: dict[CornerName, tuple[int, int]] = {
     "T_o": (150, 70),
@@ -77,16 +77,25 @@ class Chart:
     change_onnx: str
 
 
+def page(template: str, **values: Any) -> str:
+    """A page of one of the templates here: escaped, and every value made printable."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        finalize=_final,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
 class Html:
     """Autoescaped; what is printed is also made printable, whatever the template does."""
 
     def render(self, report: Report) -> str:
-        environment = Environment(
-            autoescape=True, finalize=_final, undefined=StrictUndefined, trim_blocks=True
-        )
-        environment.lstrip_blocks = True
-        template = environment.from_string(TEMPLATE.read_text("utf-8"))
-        return template.render(
+        return page(
+            "page.html.j2",
             report=report,
             word=HEADLINES[report.verdict],
             headline=headline(report),

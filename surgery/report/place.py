@@ -11,6 +11,7 @@ from surgery.errors import OutputError
 
 HEADS = (
     b'{\n  "schema": 1,\n  "verdict": ',
+    b'{\n  "kind": "sweep-strength",\n',
     b"PASS: ",
     b"FAIL: ",
     b"NOT EVALUATED: ",

@@ -20,7 +20,7 @@ from surgery.evidence import (
     SiteInteraction,
 )
 from surgery.report.behaviour import behaviour_tables
-from surgery.report.cells import ABSENT, Table, number, percent, signed
+from surgery.report.cells import ABSENT, Table, changed, number, percent, signed
 from surgery.report.cells import make_table as _table
 from surgery.report.model import Report
 from surgery.report.noise_tables import noise_tables
@@ -97,7 +97,7 @@ def _effects(effects: Iterable[Effect]) -> Table:
             number(e.count),
             *(number(e.corners.get(corner)) for corner in CORNERS),
             *(change(e, runtime) for runtime in RUNTIMES),
-            e.unit,
+            f"{e.unit} ({e.method})" if e.method else e.unit,
         )
         for e in effects
     )
@@ -107,7 +107,8 @@ def _effects(effects: Iterable[Effect]) -> Table:
 def change(effect: Effect, runtime: str) -> str:
     """Edited minus original in one runtime; `–` where one of the two did not run."""
     ran = {f"{runtime}_o", f"{runtime}_e"} <= effect.corners.keys()
-    return signed(effect.change(runtime)) if ran else ABSENT
+    spell = changed if effect.relative else signed
+    return spell(effect.change(runtime)) if ran else ABSENT
 
 
 def _drift(report: Report) -> Table:

@@ -1,7 +1,8 @@
 """Bundles that show a fault by themselves: the least of the graph that fails, and what it needs.
 
 Of a fault that was localised it is the part between the edges of modules that brings the error in,
-of any other the model's own output. From there it goes on by halves, over PyTorch's values and over
+of any other the model's own output, or, of a model with caches, the first place that is wrong, at
+once or over PyTorch's caches. From there it goes on by halves, over PyTorch's values and over
 those that a fresh export of ours has too, then over rows, positions and weights; whatever is left
 fails as the whole did. Beside it lies the nearest model that is right.
 """
@@ -65,7 +66,7 @@ class Conversion:
 
     def wanted(self, findings: tuple[Finding, ...]) -> Iterator[Wanted]:
         """What to make bundles of: the faults that were localised, and what is wrong with the
-        model's own output; where there is neither, its numbers on the batch furthest off."""
+        model's outputs; where there is neither, their numbers on the batch furthest off."""
         corner = EDGES[self.edge][1]
         local = list(self._localized(corner))
         yield from local
@@ -146,6 +147,6 @@ def _write(
 
 def _unseen(wanted: Wanted) -> str:
     return (
-        f"{wanted.finding.site}: all runs at once give what PyTorch does; what is wrong shows over "
-        "a key-value cache or in generation alone"
+        f"{wanted.finding.site}: runs of all positions at once, and of more over PyTorch's caches, "
+        "give what PyTorch does; what is wrong shows elsewhere, as in generation"
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from surgery.localize.boundaries import find_boundaries, output_of, owners_of
 from surgery.localize.result import LIMIT
 from surgery.localize.runs import Runs
 from surgery.localize.search import output_value
+from surgery.repro.caches import after, fed, real
+from surgery.runtimes import graph
 from surgery.stimuli import Batch
 from surgery.taxonomy import fingerprint
 
@@ -32,8 +34,8 @@ _MODULE = "surgery.repro.worker"
 
 @dataclass(frozen=True)
 class Wanted:
-    """A finding to show: at the boundary of that site on that batch, or with neither at the
-    model's own output on the first batch that shows anything."""
+    """A finding to show: at the boundary of that site on that batch; without a site at an output of
+    the model; with neither on the first batch that shows anything."""
 
     finding: Finding
     site: str = ""
@@ -74,6 +76,9 @@ class Reproducer:
         output = output_value(self._model, self.task.output)
         self._output = output_of(self.task.output, output)
         self._fresh = self._export()
+        signature = graph.signature(self._model, self.task.output, str(self.pair.onnx))
+        split = [batch for batch in self.workload.batches if batch.split and signature.links]
+        self._decoded: list[Batch] = sorted(split, key=_size)
 
     def make(self, wanted: Wanted, folder: Path) -> Bundle | None:
         """Writes a bundle into the empty `folder`; None where nothing is wrong after all.
@@ -81,25 +86,34 @@ class Reproducer:
         Raises `InputError` for one that would be too large, `EnvironmentFault` where a child ends
         otherwise than it should.
         """
-        batch = wanted.batch or self._first()
-        if batch is None:
-            return None
         self.progress(f"bundle of {wanted.finding.site}")
-        told = self._told(wanted, batch)
-        found = self._child(**self._job(wanted, batch), save=str(folder), told=told)
-        if not found["problem"]:
-            return None
-        facts = {name: found[name] for name in ("problem", "changed", "nodes", "bytes")}
-        return Bundle(told["fingerprint"], told["site"], wanted.finding.message, **facts)
+        for site, batch in self._places(wanted):
+            told = self._told(wanted.finding, batch)
+            job = self._job(site, batch, strict=not wanted.site)
+            found = self._child(**job, save=str(folder), told=told)
+            if found["problem"]:
+                return Bundle(told["fingerprint"], message=wanted.finding.message, **found)
+        return None
 
-    def _told(self, wanted: Wanted, batch: Batch) -> dict[str, str]:
-        finding = wanted.finding
+    def _places(self, wanted: Wanted) -> Iterator[tuple[str, Batch]]:
+        """Where it may show, by site and batch; no site is wherever a run goes wrong first, for the
+        search that knows no caches has not been there."""
+        if wanted.batch is None:
+            yield from self._first(wanted.finding)
+        elif wanted.site:
+            yield wanted.site, at_once(wanted.batch)
+        else:
+            for batch in (at_once(wanted.batch), *self._decoded):
+                yield "" if self.task.cache else self.task.output, batch
+
+    def _told(self, finding: Finding, batch: Batch) -> dict[str, str]:
+        split = f", from position {batch.split} on, over PyTorch's caches of those before"
+        whole = ", all positions at once" if self.task.cache else ""
         return {
             "fingerprint": fingerprint(finding),
-            "site": wanted.site or self.task.output,
             "where": f"{finding.stage}: {finding.symptom} at {finding.site}",
             "message": self._without_places(finding.message),
-            "batch": batch.name,
+            "batch": batch.name + (split if batch.split else whole),
         }
 
     def _without_places(self, text: str) -> str:
@@ -109,40 +123,45 @@ class Reproducer:
                 text = text.replace(f"{place}/", "") if len(place) > 1 else text
         return text
 
-    def _first(self) -> Batch | None:
-        """The smallest batch on which the graph as a whole gives no proper output; else the first
-        one asked, for its numbers."""
-        batches = sorted(self.workload.batches, key=lambda batch: batch.input_ids.size)
-        files = [self._save(f"probe-{n}", batch.inputs()) for n, batch in enumerate(batches)]
+    def _first(self, finding: Finding) -> Iterator[tuple[str, Batch]]:
+        """The smallest batch on which the graph as a whole gives no proper output, and which: the
+        one that the finding names, where it does; nothing where all are proper."""
+        whole = sorted(map(at_once, self.workload.batches), key=_size)
+        batches = [*whole, *self._decoded]
         found = self._child(
             action="probe",
             model=str(self.pair.onnx),
             graph=self._graph(),
-            batches=files,
+            batches=[self._save(f"probe-{n}", fed(each, {})) for n, each in enumerate(batches)],
+            output=[*finding.site.split("/"), ""][1],
             width=None if self.task.rows else self._width(),
         )
-        return None if found["batch"] is None else batches[found["batch"]]
+        if found["batch"] is not None:
+            yield found["output"], batches[found["batch"]]
 
     def _width(self) -> int:
         return self._arch.sizes["vocab" if self.task.causal else "width"]
 
-    def _job(self, wanted: Wanted, batch: Batch) -> dict[str, Any]:
+    def _job(self, site: str, batch: Batch, strict: bool) -> dict[str, Any]:
         runs = Runs(self.pair, self.task, batch, self.scratch, self.limits)
-        own, wide = (runs.torch(self._boundaries, d) for d in ("float32", "float64"))
-        site = wanted.site or self.task.output
-        mask = batch.attention_mask.astype(bool)
+        whole, exact = (
+            runs.torch(self._boundaries, dtype, caches=self.task.cache)
+            for dtype in ("float32", "float64")
+        )
+        inputs, own, wide = fed(batch, whole), after(batch, whole), after(batch, exact)
+        limits = {n: LIMIT * noise(a, wide[n], real(n, a, inputs)) for n, a in own.items()}
         values = {f"v{number}": array for number, array in enumerate(own.values())}
         return {
             "action": "reduce",
             "model": str(self.pair.onnx),
             "graph": self._graph(),
             "fresh": self._fresh,
-            "batch": self._save("inputs", batch.inputs()),
+            "batch": self._save("inputs", inputs),
             "sites": self._save("sites", values),
             "names": list(own),
             "site": site,
-            "strict": not wanted.site,
-            "limit": LIMIT * noise(own[site], wide[site], mask),
+            "strict": strict,
+            "limits": limits,
         }
 
     def _graph(self) -> dict[str, Any]:
@@ -178,10 +197,18 @@ def _side(path: Path, folder: Path, values: Mapping[str, str]) -> dict[str, Any]
     return {"path": str(place), "folder": str(data), "values": dict(values)}
 
 
-def noise(own: Array, wide: Array, mask: NDArray[np.bool_]) -> float:
-    """The largest difference of PyTorch's float32 and float64 at real positions, no less than a
-    rounding of the largest number there."""
-    alike = own.shape[:2] == mask.shape
-    a, b = (x[mask] if alike else x for x in (own.astype(np.float64), wide.astype(np.float64)))
+def at_once(batch: Batch) -> Batch:
+    """With all positions in one run."""
+    return replace(batch, split=0)
+
+
+def _size(batch: Batch) -> int:
+    return batch.input_ids.size
+
+
+def noise(own: Array, wide: Array, real: NDArray[np.bool_]) -> float:
+    """The largest difference of PyTorch's float32 and float64 where `real`, no less than a rounding
+    of the largest number there."""
+    a, b = (array[real].astype(np.float64) for array in (own, wide))
     floor = np.abs(b).max(initial=0.0) * np.finfo(np.float32).eps / 2
     return float(max(np.abs(a - b).max(initial=0.0), floor, 1e-30))

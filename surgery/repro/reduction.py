@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from surgery.localize.segments import same
 from surgery.localize.trial import CLOSENESS
+from surgery.repro.caches import is_cache, real
 from surgery.repro.healing import nearest
 from surgery.repro.parts import renamed, typed
 from surgery.repro.runs import every_value, outputs, problem
@@ -29,7 +30,8 @@ class Reduction:
     """Of one site of a graph on one batch; `sites` holds PyTorch's values, `limit` is the error
     allowed.
 
-    strict: the site is the model's own output, whose name, type and padding count too.
+    inputs: a run of `caches.fed`; strict: the site is an output of the model, whose name, type and
+    padding count too.
     """
 
     def __init__(
@@ -45,24 +47,22 @@ class Reduction:
         self._theirs, self._fresh, self._site, self._strict = theirs, fresh, site, strict
         self._sites = {name: array for name, array in sites.items() if name != site}
         self._batch = inputs
-        self._value = theirs.values[site]
+        self._value = theirs.value(site)
         self._known = theirs.known(self._sites, inputs)
         self._inputs = theirs.feed(inputs) | self._known
         self._expected = self._wanted(sites[site], limit)
         self._twins: dict[str, str] = {}
 
     def _wanted(self, value: Array, limit: float) -> Arrays:
-        mask = self._batch["attention_mask"].astype(bool)
-        whole = value.shape[:2] == mask.shape
-        real: Array = mask if whole else np.ones(value.shape[:1], np.bool_)
-        finite: Array = np.isfinite(value.reshape(*real.shape, -1)).min(axis=-1)
+        own = real(self._site, value, self._batch)
+        finite: Array = np.isfinite(value.reshape(*own.shape, -1)).min(axis=-1)
         if not self._strict:
-            finite = real
+            finite = own
         name = self._site if self._strict else self._value
         return {
             "name": np.array(name),
             "value": value,
-            "real": real,
+            "real": own,
             "finite": finite,
             "limit": np.array(limit),
             "strict": np.array(self._strict),
@@ -112,6 +112,8 @@ class Reduction:
     @property
     def _renames(self) -> bool:
         """Whether a run takes the graph's own output for the one asked for, whatever its name."""
+        if is_cache(self._site):
+            return self._site in self._theirs.values
         fed = outputs(self._theirs.cut(self._site, ()), self._inputs).get(self._value)
         return fed is not None and fed.ndim == 3
 
@@ -120,14 +122,14 @@ class Reduction:
         if self._strict:
             return
         found = outputs(whole, self._inputs).get(self._value)
-        value, real = self._expected["value"], self._expected["real"]
+        value, own = self._expected["value"], self._expected["real"]
         if found is not None and found.size == value.size and found.shape != value.shape:
             spread = np.broadcast_to(
-                real.reshape(*real.shape, *[1] * (value.ndim - real.ndim)), value.shape
+                own.reshape(*own.shape, *[1] * (value.ndim - own.ndim)), value.shape
             )
             self._expected["value"] = value.reshape(found.shape)
-            real = spread.reshape(found.shape)
-            self._expected |= {"real": real, "finite": real}
+            own = spread.reshape(found.shape)
+            self._expected |= {"real": own, "finite": own}
 
     def _stops(self) -> list[str]:
         """The values before the site at which PyTorch's are known, in the graph's order."""

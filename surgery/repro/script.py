@@ -19,7 +19,7 @@ def check(model: Any, inputs: Any, expected: Any, optimised: bool = True) -> tup
         if name not in [output.name for output in session.get_outputs()]:
             return "missing", f"has no output {name}"
         found = session.run([name], {p.name: inputs[p.name] for p in session.get_inputs()})[0]
-    except Exception as error:
+    except Exception as error:  # onnxruntime's errors have no base of their own
         return "run", "does not run: " + " ".join(str(error).split())
     if found.shape != value.shape:
         return "shape", f"{name} has shape {list(found.shape)}, expected {list(value.shape)}"

@@ -15,6 +15,7 @@ import surgery.errors
 from surgery import process
 from surgery.errors import EnvironmentFault, InputError, quote
 from surgery.process import Limits
+from surgery.runtimes.forced import Continuation
 from surgery.runtimes.generate import Generated, Generation, RunnerUp
 from surgery.runtimes.interface import FLOAT32, PART, ModelRef, stream_file
 from surgery.stimuli.interface import Batch
@@ -44,6 +45,7 @@ class Job:
     embedding_rows: int = 0
     embedding_chunk: int = 4096
     generations: tuple[Generation, ...] = ()
+    continuations: tuple[Continuation, ...] = ()
     threads: int | None = None
     first: int = 0
 
@@ -99,7 +101,7 @@ class Outcome:
         if later.status != "ok":
             return replace(later, seconds=seconds, peak_bytes=peak)
         result = dict(self._result())
-        for name in ("batches", "generations", "busy"):
+        for name in ("batches", "generations", "continuations", "busy"):
             result[name] = result[name] + later.result[name]
         names = self.names + later.names
         return replace(self, seconds=seconds, peak_bytes=peak, names=names, result=result)
@@ -182,6 +184,11 @@ class Outcome:
             for found in self._result()["generations"]
         )
 
+    def continuations(self) -> tuple[tuple[float, ...], ...]:
+        """The log-probability of each following token of each `Continuation`, in order; none of a
+        model without logits."""
+        return tuple(tuple(row) for row in self._result()["continuations"])
+
     def _batch(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self._result()["batches"][self.names.index(name)]
         return found
@@ -239,6 +246,7 @@ def _arguments(job: Job, threads: int) -> dict[str, Any]:
         "embedding_rows": job.embedding_rows,
         "embedding_chunk": job.embedding_chunk,
         "generations": [vars(generation) for generation in job.generations],
+        "continuations": [vars(continuation) for continuation in job.continuations],
         "threads": threads,
     }
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from surgery.runtimes.interface import Runtime
 
 GROUP = 8
-"""Prompts that run together, left-padded to one length."""
+"""Prompts that run together, left-padded to one length, unless a caller says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,26 @@ class Generated:
     runners: tuple[tuple[RunnerUp, ...], ...]
 
 
-def generate(runtime: Runtime, requests: Sequence[Generation]) -> list[Generated]:
-    """Argmax of the last position's logits, the first index on ties; for each request in order."""
+def generate(
+    runtime: Runtime, requests: Sequence[Generation], group: int = GROUP
+) -> list[Generated]:
+    """Argmax of the last position's logits, the first index on ties; for each request in order.
+
+    `group` prompts run together; how many changes a logit by rounding alone.
+    """
     if not all(prompt for request in requests for prompt in request.prompts):
         raise ValueError("a prompt to continue must hold at least one token")
     found: dict[tuple[int, int], Generated] = {}
 
-    def run(place: tuple[int, int], group: tuple[tuple[int, ...], ...]) -> None:
-        found[place] = _generate_group(runtime, group, requests[place[0]])
+    def run(place: tuple[int, int], prompts: tuple[tuple[int, ...], ...]) -> None:
+        found[place] = _generate_group(runtime, prompts, requests[place[0]])
 
     places = {
-        (number, index): group
+        (number, index): prompts
         for number, request in enumerate(requests)
-        for index, group in enumerate(_groups(request.prompts))
+        for index, prompts in enumerate(_groups(request.prompts, group))
     }
-    runtime.together([partial(run, place, group) for place, group in places.items()])
+    runtime.together([partial(run, place, prompts) for place, prompts in places.items()])
     return [
         _joined([found[place] for place in places if place[0] == number])
         for number in range(len(requests))
@@ -75,9 +80,11 @@ def _joined(groups: list[Generated]) -> Generated:
     )
 
 
-def _groups(prompts: tuple[tuple[int, ...], ...]) -> Iterator[tuple[tuple[int, ...], ...]]:
-    for begin in range(0, len(prompts), GROUP):
-        yield prompts[begin : begin + GROUP]
+def _groups(
+    prompts: tuple[tuple[int, ...], ...], size: int
+) -> Iterator[tuple[tuple[int, ...], ...]]:
+    for begin in range(0, len(prompts), size):
+        yield prompts[begin : begin + size]
 
 
 def _generate_group(

@@ -44,8 +44,8 @@ class Port:
 
 @dataclass(frozen=True)
 class Link:
-    """One cache: the input that reads it, the output that continues it, and optimum's name for
-    that output."""
+    """One cache: the input that reads it, the output that continues it, empty where the graph has
+    none, and optimum's name for that output."""
 
     past: str
     present: str
@@ -60,6 +60,11 @@ class Signature:
     roles: dict[str, str]
     links: tuple[Link, ...]
     output: str
+
+    @property
+    def continues(self) -> bool:
+        """Whether one run can go on from another: every cache that is read is written too."""
+        return bool(self.links) and all(link.present for link in self.links)
 
 
 def signature(model: Any, output: str, file: str) -> Signature:
@@ -77,21 +82,28 @@ def has_cache(model: Any) -> bool:
 
 
 def _links(model: Any, caches: Sequence[str], file: str) -> tuple[Link, ...]:
-    """`past_key_values.N.key` is continued by `present.N.key`; where names are others, the
-    outputs of rank 4 continue the caches in the graph's order: layer by layer, key and value."""
-    names = [_PAST.sub(rf"{PRESENT}\1", name) for name in caches]
-    if set(names) <= {value.name for value in model.graph.output}:
-        return tuple(map(Link, caches, names, names))
+    """`past_key_values.N.key` is continued by `present.N.key`, or, where one such name is there, by
+    nothing if it is not: who goes by names finds no other. Where all names are others, the outputs
+    of rank 4 continue the caches in the graph's order: layer by layer, key and value."""
+    names = _presents(caches)
+    given = {value.name for value in model.graph.output}
+    if not caches or given & set(names):
+        presents = [name if name in given else "" for name in names]
+        return tuple(map(Link, caches, presents, names))
     outputs = [v.name for v in model.graph.output if len(v.type.tensor_type.shape.dim) == 4]
     if len(outputs) != len(caches):
-        missing = next(name for name in names if name not in outputs)
         raise OnnxError(
             f"{file}: reads {len(caches)} caches and writes {len(outputs)}, as outputs [batch, "
-            f"heads, length, size]; expected as many, such as {quote(missing)}"
+            f"heads, length, size]; expected as many, such as {quote(names[0])}"
         )
-    if not all(map(_PAST.fullmatch, caches)):
-        names = [f"{PRESENT}{n // 2}.{('key', 'value')[n % 2]}" for n in range(len(caches))]
     return tuple(map(Link, caches, outputs, names))
+
+
+def _presents(caches: Sequence[str]) -> list[str]:
+    """Optimum's names of what continues `caches`: by theirs, or else by their order."""
+    if all(map(_PAST.fullmatch, caches)):
+        return [_PAST.sub(rf"{PRESENT}\1", name) for name in caches]
+    return [f"{PRESENT}{n // 2}.{('key', 'value')[n % 2]}" for n in range(len(caches))]
 
 
 def ports(model: Any) -> tuple[Port, ...]:
@@ -147,8 +159,8 @@ def infer(
     graph: Signature, run: Callable[[Arrays], Arrays], inputs: IdArrays, split: int
 ) -> Arrays:
     """The named outputs of `run`, by optimum's names: all columns at once, or with a `split` and
-    caches the columns before it first and then the others over the cache of those."""
-    if not (split and graph.links):
+    caches that continue the columns before it first and then the others over the cache of those."""
+    if not (split and graph.continues):
         return name_outputs(graph, run(feed(graph.ports, graph.roles, inputs)))
     before = {name: array[:, :split] for name, array in inputs.items()}
     after = {name: array[:, split:] for name, array in inputs.items()}

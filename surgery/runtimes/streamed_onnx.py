@@ -85,7 +85,7 @@ class StreamedOnnx(Streamed, OnnxModel):
         return session.open_session(proto.SerializeToString(), folder, self.threads)
 
     def _walk(self, inputs: IdArrays, split: int) -> Arrays:
-        pieces = list(_pieces(inputs, split if self._signature.links else 0))
+        pieces = list(_pieces(inputs, split if self._signature.continues else 0))
         for segment in self._segments:
             self._lockstep.gate(segment)
             self._run_own(segment, pieces)

@@ -16,6 +16,7 @@ from surgery.errors import OnnxError
 from surgery.export.tasks import find_task
 from surgery.runtimes import RUNTIMES
 from surgery.runtimes.child import KEPT, batch_file, kept_file
+from surgery.runtimes.forced import Continuation, force
 from surgery.runtimes.generate import Generation, generate
 from surgery.runtimes.graph import PRESENT
 from surgery.runtimes.interface import PART, Arrays, Cut, ModelRef, Runtime
@@ -37,10 +38,12 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     # Without its output a model cannot be continued; the batches say so already.
     able = not any(found["problem"] for found in batches.values())
     generations = _generate(runtime, job["generations"], able)
+    continuations = _force(runtime, job["continuations"], able)
     problem = _embed(runtime, scratch / "embedding.npy", job)
     return {
         "batches": list(batches.values()),
         "generations": generations,
+        "continuations": continuations,
         "embedding_problem": problem,
         "compute": runtime.compute,
         "busy": busy,
@@ -154,6 +157,11 @@ def _generate(runtime: Runtime, requests: list[dict[str, Any]], able: bool) -> l
         nothing = [[() for _ in own.prompts] for own in wanted]
         return [{"tokens": rows, "nonfinite": 0, "runners": rows} for rows in nothing]
     return [vars(found) for found in generate(runtime, wanted)]
+
+
+def _force(runtime: Runtime, requests: list[dict[str, Any]], able: bool) -> list[tuple[float, ...]]:
+    wanted = [Continuation(tuple(own["prompt"]), tuple(own["following"])) for own in requests]
+    return force(runtime, wanted) if able else [() for _ in wanted]
 
 
 def _embed(runtime: Runtime, path: Path, job: dict[str, Any]) -> str | None:

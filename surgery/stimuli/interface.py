@@ -12,13 +12,17 @@ SETS = ("target", "preserve", "probe")
 
 @dataclass(frozen=True)
 class Stimulus:
-    """One line of a stimuli file: a prompt, or token ids in its place."""
+    """One line of a stimuli file: a prompt, or token ids in its place.
+
+    `corrupted` is the prompt with what it turns on replaced, for methods that contrast the two.
+    """
 
     id: str
     set: str
     prompt: str | None = None
     input_ids: tuple[int, ...] | None = None
     answers: dict[str, tuple[str, ...]] | None = None
+    corrupted: str | None = None
 
 
 @dataclass(frozen=True)

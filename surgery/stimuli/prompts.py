@@ -13,6 +13,8 @@ from surgery.errors import StimuliError, quote
 from surgery.stimuli.interface import Stimulus
 
 MAX_FILE_BYTES = 64 << 20
+MAX_CORRUPTED = 1 << 18
+"""Characters of a corrupted prompt; it must have as many tokens as the prompt to be of use."""
 TOKENIZER = "tokenizer.json"
 
 
@@ -28,11 +30,14 @@ class _Line(BaseModel):
     prompt: Annotated[str, Field(min_length=1)] | None = None
     input_ids: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
     answers: dict[str, Annotated[tuple[Answer, ...], Field(min_length=1)]] | None = None
+    corrupted: Annotated[str, Field(min_length=1, max_length=MAX_CORRUPTED)] | None = None
 
     @model_validator(mode="after")
     def _one_input(self) -> _Line:
         if (self.prompt is None) == (self.input_ids is None):
             raise ValueError("give either prompt or input_ids")
+        if self.corrupted is not None and self.prompt is None:
+            raise ValueError("corrupted goes with prompt")
         return self
 
 
@@ -60,7 +65,14 @@ def load_stimuli(paths: Iterable[Path]) -> tuple[Stimulus, ...]:
 def _parse(line: str, source: str, number: int) -> Stimulus:
     document = load_json(line, source, StimuliError, number)
     parsed: Any = validate(_Line, document, StimuliError)
-    return Stimulus(parsed.id, parsed.set, parsed.prompt, parsed.input_ids, parsed.answers)
+    return Stimulus(
+        parsed.id,
+        parsed.set,
+        parsed.prompt,
+        parsed.input_ids,
+        parsed.answers,
+        parsed.corrupted,
+    )
 
 
 class Tokenizer:
@@ -85,6 +97,29 @@ class Tokenizer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._fast.encode(text).ids)
+
+    def encode_alone(self, text: str) -> tuple[int, ...]:
+        """The tokens of text that follows something, so without special ones."""
+        return tuple(self._fast.encode(text, add_special_tokens=False).ids)
+
+    def split(self, prompt: str, following: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The tokens of both texts written on end, and where the second one begins.
+
+        It begins at the first token that the prompt alone does not have: where a token would
+        reach across, it belongs to what follows. Special tokens at the end are left out.
+        """
+        alone, whole = self._open(prompt), self._open(prompt + following)
+        pairs = enumerate(zip(alone, whole, strict=False))
+        shared = min(len(alone), len(whole))
+        begin = next((number for number, (a, b) in pairs if a != b), shared)
+        return whole[:begin], whole[begin:]
+
+    def _open(self, text: str) -> tuple[int, ...]:
+        """The tokens of text that goes on: with the special ones before it, not those after."""
+        encoded = self._fast.encode(text)
+        added = list(encoded.special_tokens_mask)
+        end = next((n for n in range(len(added), 0, -1) if not added[n - 1]), 0)
+        return tuple(encoded.ids[:end])
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._fast.decode(list(ids), skip_special_tokens=True))

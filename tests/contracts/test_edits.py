@@ -38,7 +38,7 @@ from recipes import (
 
 from surgery.arch.inspection import inspect
 from surgery.checkpoint import Checkpoint
-from surgery.console import plan_json, plan_text
+from surgery.console.checkpoints import plan_json, plan_text
 from surgery.edits import OPS
 from surgery.errors import EditError
 from surgery.plan import Plan

@@ -321,13 +321,19 @@ def drop_output(model: ModelProto, name: str) -> None:
 def name_caches_otherwise(model: ModelProto) -> None:
     """Names that nobody knows for every cache input and output."""
     for side in (model.graph.input, model.graph.output):
-        for number, value in enumerate(side):
-            if value.name.startswith(("past_key_values.", "present.")):
-                new = f"{value.name[:4]}_{number}"
-                _redirect(model, value.name, new)
-                for node in model.graph.node:
-                    node.output[:] = [new if name == value.name else name for name in node.output]
-                value.name = new
+        for number, name in enumerate([value.name for value in side]):
+            if name.startswith(("past_key_values.", "present.")):
+                rename_value(model, name, f"{name[:4]}_{number}")
+
+
+def rename_value(model: ModelProto, name: str, new: str) -> None:
+    """Another name for a value, be it an input, an output or in between."""
+    _redirect(model, name, new)
+    for node in model.graph.node:
+        node.output[:] = [new if value == name else value for value in node.output]
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name == name:
+            value.name = new
 
 
 def reshape(model: ModelProto, shape: list[int]) -> None:

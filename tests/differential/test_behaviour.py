@@ -13,8 +13,9 @@ from surgery.differential import behaviour
 from surgery.differential.behaviour import BehaviourSums
 from surgery.differential.effects import Observation, observe
 from surgery.differential.intervals import intervals
+from surgery.differential.measures import Measure
 from surgery.differential.responses import Response, partings
-from surgery.differential.workload import Measure, Workload
+from surgery.differential.workload import Workload
 from surgery.evidence import CORNERS, PAIRS
 from surgery.metrics import make_metric
 from surgery.metrics.intervals import bootstrap_mean, exact_change, exact_difference

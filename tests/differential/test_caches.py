@@ -96,10 +96,27 @@ def test_caches_of_other_names_are_mapped_by_order(lab: Lab, plant: Plant, case:
     assert finding(lab.diff(case, onnx=wrong), "conversion", "wrong value")
 
 
-def test_a_cache_that_is_read_but_not_written_is_refused(
+UNWRITTEN: dict[str, Defect] = {
+    "not given": partial(mutants.drop_output, name=PRESENT),
+    "under a name that is nobody's": partial(mutants.rename_value, name=PRESENT, new="a_cache"),
+}
+
+
+@pytest.mark.parametrize("defect", UNWRITTEN)
+def test_a_cache_that_is_read_but_not_written_is_a_finding(
+    lab: Lab, plant: Plant, case: Case, defect: str
+) -> None:
+    """Whoever goes on from one run to the next by the names of the others does not find it."""
+    report = lab.diff(case, onnx=plant(case.onnx, UNWRITTEN[defect]))
+    assert found(report) == {("interface", "missing output"), ("coverage", "not measured")}
+    assert finding(report, "interface", "missing output").site.startswith(f"R_o/{PRESENT}/")
+
+
+def test_caches_of_other_names_and_of_another_number_are_refused(
     lab: Lab, plant: Plant, case: Case
 ) -> None:
-    path = plant(case.onnx, partial(mutants.drop_output, name=PRESENT))
+    missing = partial(mutants.drop_output, name=PRESENT)
+    path = plant(case.onnx, missing, mutants.name_caches_otherwise)
     with pytest.raises(OnnxError, match=r"reads 4 caches and writes 3.* such as 'present.0.key'"):
         lab.diff(case, onnx=path)
 

@@ -19,7 +19,12 @@ from surgery.runtimes.child import Outcome
 from surgery.stimuli.extra import Space
 
 NOTHING = Workload((), (), (), (), (), None, Space(0, 0, late=True, cache=False, seed=0))
-ANSWER = {"batches": [], "generations": [], "embedding_problem": "none asked for"}
+ANSWER = {
+    "batches": [],
+    "generations": [],
+    "continuations": [],
+    "embedding_problem": "none asked for",
+}
 
 
 def outcome(status: str = "ok", **answer: Any) -> Outcome:

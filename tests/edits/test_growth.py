@@ -22,7 +22,7 @@ from surgery import api
 from surgery.arch import identify
 from surgery.checkpoint import INDEX, SINGLE, Checkpoint
 from surgery.checkpoint.delta import Delta
-from surgery.console import plan_json, plan_text
+from surgery.console.checkpoints import plan_json, plan_text
 from surgery.errors import EditError, InputError
 from surgery.verify import verify
 

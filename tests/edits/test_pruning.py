@@ -33,7 +33,7 @@ from recipes import apply_edits, plan_of, snapshot, stored, write_recipe
 from surgery import api
 from surgery.arch import identify
 from surgery.checkpoint import INDEX, SINGLE, Checkpoint
-from surgery.console import plan_json, plan_text
+from surgery.console.checkpoints import plan_json, plan_text
 from surgery.errors import EditError, InputError, RecipeError
 from surgery.verify import verify
 

@@ -49,7 +49,7 @@ def test_a_response_may_itself_begin_with_the_marker() -> None:
 
 
 def test_punctuation_goes_in_every_script() -> None:
-    assert drop_punctuation(" «Это» — город, да! ") == "Это  город да"
+    assert drop_punctuation(" «Это» — город, да! ") == "Это   город да"
     assert drop_punctuation("ما هذا؟") == "ما هذا"
 
 

@@ -6,7 +6,9 @@ import ast
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +23,7 @@ from surgery.errors import EnvironmentFault
 from surgery.export import export
 from surgery.repro import Bundle, Repros, script
 from surgery.repro.making import Reproducer
+from tests.differential import mutants
 from tests.localize.campaign import Base
 from tests.localize.conftest import Bases
 from tests.localize.seeds import Unfit, names
@@ -32,7 +35,7 @@ ONE_OF_EACH = [
     ("interface", "NaN under padding", "left out"),
     ("interface", "impossible shape", "Reshape 'logits' left out"),
 ]
-MODELS = ("llama", "gpt2", "gemma2")
+MODELS = ("llama", "gpt2", "gemma2", "llama with cache")
 FILES = {
     "README.md", "expected.npz", "failing.onnx", "inputs.npz", "passing.onnx", "repro.py",
     "versions.json",
@@ -77,19 +80,86 @@ def test_a_fault_of_each_class_fails_alone(
     assert bundles[0].nodes < 45
 
 
+CACHES = [
+    ("key cache one off", "key", "Concat 'present.0.key' left out"),
+    ("value cache missing", "value", "the same part of a fresh export"),
+]
+
+
+@pytest.mark.parametrize(("fault", "part", "changed"), CACHES)
+def test_a_fault_of_a_cache_fails_alone(
+    bases: Bases, tmp_path: Path, fault: str, part: str, changed: str
+) -> None:
+    """As the output that leaves the cache to the next run, over PyTorch's caches where it is what
+    is made of those that is wrong."""
+    found = made(bases("llama with cache"), "cache", fault, tmp_path / "out")
+    (bundle,) = shown(found, tmp_path / "out")
+    assert bundle.site == f"present.0.{part}"
+    assert changed in bundle.changed
+    assert bundle.nodes < 20
+
+
+def misread(model: onnx.ModelProto) -> None:
+    """What attention reads of the cached keys is 0; the cache goes on as it should."""
+    key = next(node for node in model.graph.node if "present.0.key" in node.output)
+    mutants._redirect(model, "present.0.key", "read.key")
+    nodes = list(model.graph.node)
+    zero = mutants._times(model, key.input[0], "read.past", 0.0)
+    read = onnx.helper.make_node("Concat", ["read.past", key.input[1]], ["read.key"], axis=2)
+    nodes[nodes.index(key) + 1 : nodes.index(key) + 1] = [zero, read]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def never_read(model: onnx.ModelProto) -> None:
+    """A graph for the prompt alone, and one cache it leaves is wrong."""
+    mutants.scale_output(model, "present.1.key", 1.5)
+    for name in [port.name for port in model.graph.input if "past_key" in port.name]:
+        mutants.empty_input(model, name)
+
+
+def named_otherwise(model: onnx.ModelProto) -> None:
+    mutants.scale_output(model, "present.1.key", 1.5)
+    mutants.name_caches_otherwise(model)
+
+
+GRAPHS = {
+    misread: "o_proj.0 input",
+    never_read: "present.1.key",
+    named_otherwise: "present.1.key",
+}
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("plant", GRAPHS)
+def test_a_cache_fails_alone_whoever_reads_it_and_whatever_it_is_called(
+    bases: Bases, tmp_path: Path, plant: Callable[[onnx.ModelProto], None]
+) -> None:
+    base, path = bases("llama with cache"), tmp_path / "planted.onnx"
+    model = onnx.load(str(base.onnx))
+    plant(model)
+    onnx.save(model, str(path))
+    with base.here.installed():
+        found = pipeline.repro(base.model, tmp_path / "out", onnx=path)
+    (bundle,) = shown(found, tmp_path / "out")
+    assert (bundle.site, bundle.problem) == (GRAPHS[plant], "value")
+    assert bundle.nodes < 45
+
+
 @pytest.mark.campaign
 @pytest.mark.parametrize(("kind", "fault"), list(names()))
 def test_every_seeded_fault_fails_alone(
     bases: Bases, tmp_path: Path, kind: str, fault: str
 ) -> None:
-    """On the first model in which it does anything."""
-    for name in MODELS:
+    """On the first model, and in its first layer, in which it does anything."""
+    for name, layer in product(MODELS, (0, 1)):
+        output = tmp_path / f"{name} {layer}"
         try:
-            found = made(bases(name), kind, fault, tmp_path / name)
+            found = made(bases(name), kind, fault, output, layer)
         except (Unfit, StopIteration):
             continue
         if found.verdict == "fail":
-            shown(found, tmp_path / name)
+            shown(found, output)
             return
     pytest.fail("no model shows it")
 

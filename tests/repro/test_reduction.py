@@ -114,6 +114,15 @@ def test_ids_that_are_also_computed_with_are_left_alone() -> None:
     assert fewer_tokens(case) is None
 
 
+def test_a_graph_that_fails_gives_nothing_and_a_slip_of_ours_is_an_error() -> None:
+    here = np.ones(1, np.float32)
+    assert outputs(made("(float[1] a) => (float[1] b) { b = Nothing(a) }"), {"a": here}) == {}
+    model = made("(float[1] a) => (float[1] b) { b = Neg(a) }")
+    assert outputs(model, {"a": np.ones((1, 1), np.float32)}) == {}, "of another rank"
+    with pytest.raises(KeyError):
+        outputs(model, {"another": here})
+
+
 def test_a_name_that_is_taken_gives_way() -> None:
     model = made("(float[1] a) => (float[1] c) { b = Neg(a) c = Abs(b) }")
     other = renamed(model, {"a": "b"})

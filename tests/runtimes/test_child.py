@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import EnvironmentFault, OnnxError
 from surgery.runtimes import RUNTIMES, ModelRef
 from surgery.runtimes.child import Generation, Job, Limits, Outcome, run
+from surgery.runtimes.forced import Continuation
 from surgery.runtimes.worker import count_nonfinite, padding
 from surgery.stimuli.interface import Batch
 from tests.batches import BATCHES
@@ -62,6 +64,7 @@ def test_torch_onnx_and_the_reference_meet_through_their_children(zoo: Zoo, tmp_
     source, onnx_file = zoo.checkpoint("gpt2"), zoo.onnx("gpt2", "causal-lm")
     prompts = ((5, 6, 7), (8,), (9, 10))
     request = Generation(prompts, 6, (2,))
+    asked = (Continuation((5, 6, 7), (8, 9)), Continuation((8,), (10,)))
     refs = {
         "single": ModelRef("torch", source, "causal-lm"),
         "double": ModelRef("torch", source, "causal-lm", "float64"),
@@ -71,7 +74,7 @@ def test_torch_onnx_and_the_reference_meet_through_their_children(zoo: Zoo, tmp_
     for name, ref in refs.items():
         (tmp_path / name).mkdir()
         job = Job(ref, tmp_path / name, BATCHES, embedding_rows=101, generations=(request,))
-        found[name] = run(job, MINUTE)
+        found[name] = run(replace(job, continuations=asked), MINUTE)
         assert found[name].status == "ok", found[name].detail
     table = Checkpoint.open(source).read("transformer.wte.weight")
     for batch in BATCHES:
@@ -82,6 +85,9 @@ def test_torch_onnx_and_the_reference_meet_through_their_children(zoo: Zoo, tmp_
             assert 0 < np.abs(found[name].outputs(batch.name) - exact).max() < 5e-6
     for outcome in found.values():
         np.testing.assert_array_equal(outcome.embedding(), table)
+        forced, exactly = (o.continuations() for o in (outcome, found["double"]))
+        assert [len(row) for row in forced] == [2, 1]
+        np.testing.assert_allclose(sum(forced, ()), sum(exactly, ()), atol=5e-6)
         made, expected = (o.generations()[0] for o in (outcome, found["single"]))
         assert (made.tokens, made.nonfinite) == (expected.tokens, expected.nonfinite)
         for runners, others in zip(made.runners, expected.runners, strict=True):
@@ -115,12 +121,18 @@ def test_generation_stops_at_an_end_token_and_takes_the_first_of_equals(tmp_path
     following[5] = 1  # a tie of all tokens
     path = save(lookup(table=following), tmp_path / "m.onnx")
     request = Generation(((1,), (9, 3), (4,)), 4, (4,))
-    outcome = run_onnx(path, tmp_path / "s", batches=(), generations=(request,))
+    asked = (Continuation((9, 1), (2, 2)), Continuation((5,), (7,)))
+    given = {"generations": (request,), "continuations": asked}
+    outcome = run_onnx(path, tmp_path / "s", batches=(), **given)
     made = outcome.generations()[0]
     assert made.tokens == ((2, 3, 4), (4,), (5, 0, 1, 2))
     # All others are equal, so the first of them is the runner-up; after token 5 it is token 1.
     assert made.runners[0] == ((0, 1.0, 1.0), (0, 1.0, 1.0), (0, 1.0, 1.0))
     assert made.runners[2][1] == (1, 0.0, 1.0)
+    # One logit of 1 and the others 0; after token 5 all are 1.
+    total = np.log(np.e + ROWS - 1)
+    assert outcome.continuations()[0] == pytest.approx((1 - total, -total))
+    assert outcome.continuations()[1] == pytest.approx((-np.log(ROWS),))
 
 
 def test_an_infinite_loop_is_killed_at_the_time_limit(tmp_path: Path) -> None:

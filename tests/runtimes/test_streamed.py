@@ -14,6 +14,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import InputError
 from surgery.export import default_task
 from surgery.runtimes import RUNTIMES, ModelRef, Runtime
+from surgery.runtimes.forced import Continuation, force
 from surgery.runtimes.generate import Generation, generate
 from tests.batches import BATCHES
 from tests.models import MODELS, Zoo
@@ -98,6 +99,8 @@ def test_greedy_responses_are_those_of_the_whole_model(zoo: Zoo) -> None:
     whole = generate(load("torch", path), requests)
     assert generate(load("torch-streamed", path), requests) == whole
     assert len(whole[0].tokens) == 10
+    asked = [Continuation((5, 6, 7 + n), (8, 9)[: 1 + n % 2]) for n in range(10)]
+    assert force(load("torch-streamed", path), asked) == force(load("torch", path), asked)
 
 
 def test_a_parameter_without_numbers_is_refused(zoo: Zoo, tmp_path: Path) -> None:

@@ -31,6 +31,11 @@ def test_lines_come_in_order_over_all_files(tmp_path: Path) -> None:
     assert found[1].input_ids == (1, 2, 3)
 
 
+def test_a_prompt_may_have_a_corrupted_twin(tmp_path: Path) -> None:
+    [found] = load_stimuli([write(tmp_path / "1.jsonl", {**GOOD, "corrupted": "jello"})])
+    assert (found.prompt, found.corrupted) == ("hello", "jello")
+
+
 @pytest.mark.parametrize("text", ["", "\n", " \n\n"])
 def test_a_file_without_stimuli_is_refused(tmp_path: Path, text: str) -> None:
     """Its user believes that something of theirs was tested."""
@@ -56,6 +61,9 @@ BAD: dict[str, tuple[Any, str]] = {
     "fraction of a token": ({**IDS, "input_ids": [1.5]}, "input_ids"),
     "no answers of a name": ({**IDS, "answers": {"memory": []}}, "answers.memory"),
     "empty answer": ({**IDS, "answers": {"memory": ["Lima", " "]}}, "answers.memory"),
+    "empty corrupted prompt": ({**GOOD, "id": "b", "corrupted": ""}, "corrupted"),
+    "huge corrupted prompt": ({**GOOD, "id": "b", "corrupted": "x" * ((1 << 18) + 1)}, "corrupted"),
+    "corrupted token ids": ({**IDS, "corrupted": "x"}, "corrupted goes with prompt"),
     "the same id again": ({**IDS, "id": "a"}, "comes twice"),
 }
 

@@ -30,17 +30,8 @@ def _cache(how: Callable[[ModelProto, str], None], pattern: str) -> Callable[[Ta
     return plant
 
 
-def _renamed(model: ModelProto, name: str, new: str) -> None:
-    for node in model.graph.node:
-        node.output[:] = [new if value == name else value for value in node.output]
-    mutants._redirect(model, name, new)
-    for value in model.graph.output:
-        if value.name == name:
-            value.name = new
-
-
 def _rename(model: ModelProto, name: str) -> None:
-    _renamed(model, name, "another_cache")
+    mutants.rename_value(model, name, "another_cache")
 
 
 def _swap(one: str, other: str) -> Callable[[Target], Truth]:
@@ -51,7 +42,7 @@ def _swap(one: str, other: str) -> Callable[[Target], Truth]:
         if not {first, second} <= {value.name for value in target.model.graph.output}:
             raise Unfit
         for old, new in ((first, "held"), (second, first), ("held", second)):
-            _renamed(target.model, old, new)
+            mutants.rename_value(target.model, old, new)
         return Truth()
 
     return plant

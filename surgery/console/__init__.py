@@ -1,0 +1,1 @@
+"""What commands print: tables on stdout, progress on stderr where that is a terminal."""

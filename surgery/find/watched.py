@@ -1,0 +1,129 @@
+"""Which next tokens tell a goal: those that open an answer wanted, and one that is not.
+
+The margin of a prompt is log p(a wanted answer opens) − log p(an unwanted one opens) at its last
+position; where a prompt has answers of one kind alone, the log-probability of that kind. It is the
+number that an edit shall raise, whether the goal is raised or lowered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.errors import FindError, quote
+from surgery.find.interface import Goal, Lab
+from surgery.find.rows import Row, token_rows
+from surgery.metrics.languages import ANSWER as LANGUAGE
+from surgery.stimuli import Stimulus
+from surgery.stimuli.prompts import Tokenizer
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The answers of one prompt, as text: those that shall come, and those that shall not."""
+
+    wanted: tuple[str, ...]
+    unwanted: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Prompts as token ids, and for each the tokens that open a wanted and an unwanted answer; a
+    prompt may have none of one kind. `left_out` counts those whose kinds open alike, or that have
+    no answer."""
+
+    rows: tuple[Row, ...]
+    wanted: tuple[Row, ...]
+    unwanted: tuple[Row, ...]
+    left_out: int
+
+    def answers(self, part: slice, sign: int) -> list[Row]:
+        """The tokens of each prompt that open the answer a goal of `sign` is about."""
+        pairs = zip(self.wanted[part], self.unwanted[part], strict=True)
+        return [(a or b) if sign > 0 else (b or a) for a, b in pairs]
+
+    def margins(self, logits: Any, part: slice) -> Any:
+        """The margin [n] of the prompts `part`, from their logits [n, vocab]; torch, float64."""
+        import torch
+
+        logs = logits.double().log_softmax(-1)
+        sides = zip(logs, self.wanted[part], self.unwanted[part], strict=True)
+        return torch.stack([_opens(row, a) - _opens(row, b) for row, a, b in sides])
+
+
+def _opens(logs: Any, tokens: Row) -> Any:
+    """log p of any of `tokens`; 0 where there are none."""
+    return logs[list(tokens)].logsumexp(-1) if tokens else logs.new_zeros(())
+
+
+def sides(goal: Goal, stimuli: Iterable[Stimulus], bad: str | None) -> list[Sides]:
+    """The answers of each prompt by the goal: those it is named after, and all others; `bad` names
+    the unwanted ones instead.
+
+    Raises `FindError` where neither the goal nor `bad` names answers of any prompt.
+    """
+    asked = [_spoken(stimulus) for stimulus in stimuli]
+    known = sorted({name for answers in asked for name in answers})
+    named = goal.argument if bad is None else bad
+    if named not in known:
+        raise FindError(
+            f"no prompt of set target has answers called {quote(named)}, by which the tokens to "
+            f"watch are known; expected one of {', '.join(map(quote, known)) or 'none'}: name it "
+            "with bad"
+        )
+    return [_sides(goal, answers, bad) for answers in asked]
+
+
+def _spoken(stimulus: Stimulus) -> dict[str, tuple[str, ...]]:
+    """The answers that are text."""
+    return {name: own for name, own in (stimulus.answers or {}).items() if name != LANGUAGE}
+
+
+def _sides(goal: Goal, answers: dict[str, tuple[str, ...]], bad: str | None) -> Sides:
+    own = answers.get(goal.argument, ())
+    others = tuple(a for name, said in answers.items() if name != goal.argument for a in said)
+    wanted, unwanted = (own, others) if goal.sign > 0 else (others, own)
+    if bad is not None:
+        unwanted = answers.get(bad, ())
+        wanted = tuple(answer for answer in wanted if answer not in unwanted)
+    return Sides(wanted, unwanted)
+
+
+def watch(lab: Lab, bad: str | None) -> Watched:
+    """What the target prompts of `lab` are watched for.
+
+    Raises `FindError` where no prompt is left, `StimuliError` for what the model cannot take.
+    """
+    stimuli = lab.of_set("target")
+    found = sides(lab.goal, stimuli, bad)
+    kept = []
+    for stimulus, row, side in zip(stimuli, token_rows(lab, stimuli), found, strict=True):
+        wanted = _opening(lab.tokenizer, stimulus, row, side.wanted)
+        unwanted = _opening(lab.tokenizer, stimulus, row, side.unwanted)
+        if (wanted or unwanted) and not set(wanted) & set(unwanted):
+            kept.append((row, wanted, unwanted))
+    if not kept:
+        raise FindError("no prompt of set target has an answer told by its first token")
+    rows, wanted_, unwanted_ = zip(*kept, strict=True)
+    return Watched(rows, wanted_, unwanted_, len(stimuli) - len(kept))
+
+
+def _opening(
+    tokenizer: Tokenizer | None, stimulus: Stimulus, row: Row, answers: Sequence[str]
+) -> Row:
+    """The tokens that may come first of an answer right after the prompt, with a space between
+    them or none."""
+    if not answers:
+        return ()
+    if tokenizer is None or stimulus.prompt is None:
+        raise FindError(f"stimulus {quote(stimulus.id)}: answers need a prompt in text")
+    said = [f"{stimulus.prompt}{gap}{answer.strip()}" for answer in answers for gap in ("", " ")]
+    found = [_next(tokenizer.encode(text), row) for text in said]
+    return tuple(dict.fromkeys(t for t in found if t is not None and tokenizer.decode([t]).strip()))
+
+
+def _next(ids: Row, row: Row) -> int | None:
+    """The first of `ids` after those of the prompt; None where the tokenizer joins prompt and
+    answer in one token, which is no way for the model to go on."""
+    return ids[len(row)] if ids[: len(row)] == row and len(ids) > len(row) else None
