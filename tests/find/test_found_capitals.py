@@ -17,6 +17,7 @@ from surgery.stimuli import Stimulus
 from surgery.stimuli.prompts import load_stimuli
 
 CAPITALS = Path(__file__).resolve().parents[2] / "fixtures" / "capitals-gpt2"
+SAE_Z = CAPITALS / "sae-z"
 REMEMBERED = "answer_rate:remembered"
 DRAWS = 20
 
@@ -82,9 +83,9 @@ def test_a_fact_is_forgotten_by_a_direction(tmp_path: Path) -> None:
     [
         (Direction(), "forget", REMEMBERED, -1, 1),
         (Features(sae=CAPITALS / "sae-resid"), "forget", REMEMBERED, -1, 1),
-        (Features(sae=CAPITALS / "sae-z", method="attribution"), "conflict", REMEMBERED, 1, 11),
+        (Features(sae=SAE_Z, method="attribution"), "conflict", REMEMBERED, 1, 11),
         (
-            Features(sae=CAPITALS / "sae-z", method="direct"),
+            Features(sae=SAE_Z, method="direct"),
             "conflict",
             "answer_rate:stated",
             -1,
