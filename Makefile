@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
-.PHONY: setup demo test campaign fault-campaign lint format fixtures noise clean
+.PHONY: setup demo test tour campaign fault-campaign lint format fixtures noise clean
 
 setup: $(SETUP)
 
@@ -30,6 +30,11 @@ test: $(SETUP)
 # The long runs: every write-side system call met by a kill, thousands of damaged headers.
 campaign: $(SETUP)
 	$(BIN)/python -m pytest -m campaign
+
+# Finds one of each kind on the fixtures and puts it through the four corners; about ten minutes.
+tour: $(SETUP)
+	rm -rf build/tour
+	$(BIN)/python tools/tour_finds.py --output build/tour
 
 # Every seeded fault in every model: what is caught, and how near the localisation comes. Goes on
 # where a run of the same code was stopped.

@@ -44,7 +44,7 @@ def prompts(vocab: int) -> tuple[Any, Any, Any]:
 
 def ours(patching: Patching, drawn: tuple[Any, Any, Any], way: str, budget: int) -> Any:
     """Effects [layers, heads, prompts, 2]; as many prompts at a time as `find heads` takes."""
-    size = budget if way != "all" else max(1, budget // patching.heads)
+    size = budget if way != "all" else max(1, budget // (patching.heads * LENGTH))
     parts = [
         part_effects(patching, tuple(own[start : start + size] for own in drawn), way, budget)
         for start in range(0, PROMPTS, size)
@@ -54,10 +54,10 @@ def ours(patching: Patching, drawn: tuple[Any, Any, Any], way: str, budget: int)
 
 def part_effects(patching: Patching, part: tuple[Any, ...], way: str, budget: int) -> Any:
     clean, corrupted, tokens = part
-    runs = (patching.record(inputs(ids), way == "all") for ids in (clean, corrupted))
+    runs = (patching.record(inputs(ids), way == "all", budget) for ids in (clean, corrupted))
     contrast = Contrast(*runs, tokens)
     if way == "gradient":
-        return gradient_effects(patching, contrast)
+        return gradient_effects(patching, contrast, budget)
     of_layer = direct_effects if way == "direct" else path_effects
     return np.stack([of_layer(patching, contrast, n, budget) for n in range(patching.layers)])
 

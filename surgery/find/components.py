@@ -165,13 +165,13 @@ class Components(Finder):
 
     def _senders(
         self, lab: Lab, found: Sequence[Spectra], layer: int, ways: Sequence[str]
-    ) -> Mapping[str, Floats]:
+    ) -> Mapping[str, NDArray[Any]]:
         """Of each component of a layer [heads, r], the strongest composition, and all of whole
         heads (`wholes` [later layers, ways, heads, heads])."""
         later = range(layer + 1, len(found))
         lab.progress("composition", layer, len(found) - 1)
 
-        def compute() -> dict[str, Floats]:
+        def compute() -> dict[str, NDArray[Any]]:
             read = [
                 readings(lab.arch, lab.checkpoint, found[layer], to, ways, self.fold_norm)
                 for to in later
@@ -201,7 +201,7 @@ class Components(Finder):
         ]
 
 
-def _best(read: Sequence[Readings], first: int) -> dict[str, Floats]:
+def _best(read: Sequence[Readings], first: int) -> dict[str, NDArray[Any]]:
     """The strongest reading of each component [heads, r] by layers from `first` on."""
     parts = np.stack([own.parts for own in read])
     wholes = np.stack([own.wholes for own in read])
@@ -212,9 +212,9 @@ def _best(read: Sequence[Readings], first: int) -> dict[str, Floats]:
     sender = np.arange(heads)[:, None]
     return {
         "score": flat.max(axis=-1),
-        "way": way.astype(np.float64),
-        "to_layer": (layer + first).astype(np.float64),
-        "to_head": head.astype(np.float64),
+        "way": way,
+        "to_layer": layer + first,
+        "to_head": head,
         "whole": wholes[layer, way, sender, head],
     }
 

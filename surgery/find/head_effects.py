@@ -31,17 +31,22 @@ class Contrast:
         """The last position alone."""
         return Contrast(self.clean.last(), self.corrupted.last(), self.tokens)
 
+    def of(self, prompts: Any) -> Contrast:
+        """Some of the prompts."""
+        return Contrast(self.clean.of(prompts), self.corrupted.of(prompts), self.tokens[prompts])
+
 
 def path_effects(patching: Patching, contrast: Contrast, layer: int, budget: int) -> Effects:
     """Exact, of one layer's heads, float32 [prompts, heads, tokens]: MLPs and norms follow.
 
-    The head's output is exchanged at every position that was recorded. At most `budget`
-    prompts-times-heads run at a time.
+    The head's output is exchanged at every position that was recorded. As many prompts-times-heads
+    run at a time as have at most `budget` positions in all, or one.
     """
     import torch
 
     clean = contrast.clean
     found = _empty(contrast, patching.heads)
+    budget = max(1, budget // clean.residual[layer].shape[1])
     with torch.no_grad():
         base = _head_of(patching, clean.residual[-1], contrast.tokens)
         for prompt, head in _pairs(len(found), patching.heads, budget):
@@ -73,12 +78,22 @@ def direct_effects(patching: Patching, contrast: Contrast, layer: int, budget: i
     return found
 
 
-def gradient_effects(patching: Patching, contrast: Contrast) -> Effects:
+def gradient_effects(patching: Patching, contrast: Contrast, budget: int) -> Effects:
     """First order, of all layers, float32 [layers, prompts, heads, tokens]: (z_corrupted - z_clean)
-    times the gradient of the logit at the last position."""
+    times the gradient of the logit at the last position.
+
+    What autograd keeps is of as many prompts-times-layers as `budget`, or of one prompt.
+    """
+    contrast = contrast.last()
+    step = max(1, budget // patching.layers)
+    starts = range(0, len(contrast.tokens), step)
+    parts = [_slopes(patching, contrast.of(slice(start, start + step))) for start in starts]
+    return np.concatenate(parts, axis=1)
+
+
+def _slopes(patching: Patching, contrast: Contrast) -> Effects:
     import torch
 
-    contrast = contrast.last()
     clean, tokens = contrast.clean, contrast.tokens
     leaves = [own.clone().requires_grad_() for own in clean.z]
     found = np.stack([_empty(contrast, patching.heads)] * patching.layers)

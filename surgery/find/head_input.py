@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from surgery.differential.workload import end_tokens
 from surgery.errors import FindError
 from surgery.find.interface import Lab
-from surgery.find.rows import Row, inputs_of, pieces, token_rows
+from surgery.find.rows import WHOLE, Row, inputs_of, pieces, token_rows
 from surgery.find.watched import sides
 from surgery.runtimes.generate import Generation, generate
 from surgery.stimuli import Stimulus
@@ -98,7 +98,8 @@ def _responses(lab: Lab, stimuli: Sequence[Stimulus], rows: Sequence[Row]) -> li
         lab.progress("greedy responses", part.start, len(rows))
 
         def respond(part: slice = part) -> NDArray[Any]:
-            [made] = generate(lab.runtime, [Generation(tuple(rows[part]), *request)])
+            asked = [Generation(tuple(rows[part]), *request)]
+            [made] = generate(lab.runtime, asked, WHOLE)
             return _padded(made.tokens)
 
         kept = lab.journal.array(f"responses {part.start} to {part.stop}", respond)

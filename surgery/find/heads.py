@@ -107,9 +107,12 @@ class Heads(Finder):
     def _groups(
         self, lab: Lab, patching: Patching, pairs: Sequence[Pair]
     ) -> list[tuple[str, tuple[Pair, ...]]]:
-        """Prompts of like length, as many as may run at once, each group with a name."""
-        size = lab.budget if self.positions == "last" else max(1, lab.budget // patching.heads)
+        """Prompts of like length, each group with a name: of what is recorded at the last position
+        as many as the budget says, of all positions as many as run with every head at once."""
         ordered = sorted(pairs, key=lambda pair: len(pair.clean))
+        longest = len(ordered[-1].clean)
+        size = lab.budget if self.positions == "last" else lab.budget // (patching.heads * longest)
+        size = max(1, size)
         starts = range(0, len(ordered), size)
         return [
             (f"{self.positions} {start} of {size}", tuple(ordered[start : start + size]))
@@ -147,7 +150,10 @@ class _Chunk:
     def effects(self, method: str) -> Effects:
         """[layers, prompts, heads, 2], from the journal as far as it has them."""
         if method == "gradient":
-            return self._piece("gradient", lambda: gradient_effects(self.patching, self._contrast))
+            return self._piece(
+                "gradient",
+                lambda: gradient_effects(self.patching, self._contrast, self.lab.budget),
+            )
         of_layer = path_effects if method == "path" else direct_effects
 
         def layer_effects(layer: int) -> Effects:
@@ -173,7 +179,8 @@ class _Chunk:
         batch = pad(self.name, "target", ids, "left", tuple(pair.id for pair in self.pairs))
         fed = batch.inputs()
         names = self.lab.runtime.input_names
-        return self.patching.record({n: torch.from_numpy(fed[n]) for n in names}, self.whole)
+        given = {n: torch.from_numpy(fed[n]) for n in names}
+        return self.patching.record(given, self.whole, self.lab.budget)
 
 
 def _mean(method: str, pieces: Sequence[Effects]) -> Scores:

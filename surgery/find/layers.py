@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -59,6 +59,12 @@ class Layers(Finder):
         layers = sorted(int(numbers[index]) for index in chosen)
         entry = {"op": "layers", "layers": layers, "factor": 0.0, "part": self.part}
         return Proposal((entry,), ranking.arrays)
+
+    def draw(
+        self, lab: Lab, ranking: Ranking, chosen: Sequence[int], generator: np.random.Generator
+    ) -> Proposal:
+        """As many other layers; no lens is to be kept for them."""
+        return replace(super().draw(lab, ranking, chosen, generator), tensors={})
 
     def _refuse(self) -> None:
         """Raises `FindError` for options that do not go together."""

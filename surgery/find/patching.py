@@ -35,8 +35,27 @@ class Recorded:
 
     def last(self) -> Recorded:
         """The last position alone."""
+        return self.each(lambda own: own[:, -1:])
+
+    def of(self, prompts: Any) -> Recorded:
+        """Some of the prompts."""
+        return self.each(lambda own: own[prompts])
+
+    def each(self, change: Callable[[Any], Any]) -> Recorded:
+        """Every tensor changed."""
         kinds = (self.z, self.attention, self.residual)
-        return Recorded(*(tuple(own[:, -1:] for own in kind) for kind in kinds))
+        return Recorded(*(tuple(map(change, kind)) for kind in kinds))
+
+    @staticmethod
+    def joined(parts: Sequence[Recorded]) -> Recorded:
+        """The prompts of several, equally long, as one."""
+        import torch
+
+        def join(kind: str) -> tuple[Any, ...]:
+            every = zip(*(getattr(part, kind) for part in parts), strict=True)
+            return tuple(map(torch.cat, every))
+
+        return Recorded(join("z"), join("attention"), join("residual"))
 
 
 class Patching:
@@ -66,9 +85,19 @@ class Patching:
         """In each layer."""
         return self._arch.sizes["heads"]
 
-    def record(self, inputs: Mapping[str, Any], whole: bool = False) -> Recorded:
+    def record(
+        self, inputs: Mapping[str, Any], whole: bool = False, budget: int | None = None
+    ) -> Recorded:
         """A run of left-padded prompts: `input_ids`, `attention_mask` and, where the model takes
-        them, `position_ids`, all [n, length]; at the last position, or at all."""
+        them, `position_ids`, all [n, length]; at the last position, or at all. As many prompts run
+        at a time as have at most `budget` tokens, or one."""
+        prompts, length = inputs["input_ids"].shape
+        step = prompts if budget is None else max(1, budget // length)
+        parts = [slice(start, start + step) for start in range(0, prompts, step)]
+        feeds = ({name: own[part] for name, own in inputs.items()} for part in parts)
+        return Recorded.joined([self._recorded(feed, whole) for feed in feeds])
+
+    def _recorded(self, inputs: Mapping[str, Any], whole: bool) -> Recorded:
         import torch
 
         z: list[Any] = [None] * self.layers

@@ -13,6 +13,9 @@ from surgery.stimuli.prompts import tokens_of
 
 Row = tuple[int, ...]
 
+WHOLE = 32
+"""Whole prompts that run at once, at most: a budget counts rows of one position."""
+
 
 def refuse_encoder(lab: Lab, what: str) -> None:
     """Raises `FindError` for a model that predicts no next token."""
@@ -28,9 +31,10 @@ def token_rows(lab: Lab, stimuli: Sequence[Stimulus]) -> list[Row]:
 
 
 def pieces(count: int, budget: int) -> Iterator[slice]:
-    """0 to `count` in slices of at most `budget`."""
-    for start in range(0, count, budget):
-        yield slice(start, min(start + budget, count))
+    """Prompts 0 to `count` in slices of at most `budget`, and of no more than run at once."""
+    size = min(budget, WHOLE)
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
 
 
 def inputs_of(lab: Lab, rows: Sequence[Row]) -> dict[str, Any]:

@@ -19,6 +19,6 @@ def by_score(
     """A ranking of the candidates of `columns` [n], by falling score, the first of equal ones
     first."""
     order = np.argsort(-columns[SCORE], kind="stable")
-    table = np.stack([np.asarray(column, np.float64) for column in columns.values()], axis=1)
-    rows = tuple(tuple(row) for row in table[order].tolist())
-    return Ranking(tuple(columns), rows, arrays or {}, facts)
+    # Addresses stay integers, which is how a recipe reads them from a file of scores.
+    rows = zip(*(column[order].tolist() for column in columns.values()), strict=True)
+    return Ranking(tuple(columns), tuple(rows), arrays or {}, facts)

@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from labs import lab_of
+from finding import lab_of, planted
 from models import Zoo, deep
+from recipes import plan_of
 
 from surgery.edits.lm_head_spectrum import spectrum
 from surgery.errors import EditError, FindError
+from surgery.find import components, head_input
 from surgery.find.circuits import readings, spectra
 from surgery.find.component_effects import removal_effects
 from surgery.find.components import Components
-from surgery.find.head_input import first_said, shift
+from surgery.find.head_input import Shift, first_said, shift
 from surgery.find.interface import Lab
 from surgery.find.watched import Watched, watch
 from surgery.find.weights import StoredReader
@@ -28,7 +30,8 @@ from surgery.stimuli.prompts import Tokenizer, load_stimuli
 
 Matrix = np.ndarray[Any, Any]
 
-CAPITALS = Path("fixtures/capitals-gpt2")
+FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
+CAPITALS = FIXTURES / "capitals-gpt2"
 ROTARY = "turns queries and keys by their positions"
 
 
@@ -105,42 +108,55 @@ def test_components_of_the_head_come_by_their_shift(capitals: Lab) -> None:
     assert not proposal.untie
 
 
-def test_a_tied_head_is_untied(zoo: Zoo, tmp_path: Path) -> None:
-    lab = lab_of(zoo.checkpoint("qwen3"), (), tmp_path)
-    ranking = Components().propose(lab, replace_ranking(3), [1])
-    assert ranking.untie
+def test_a_file_of_scores_names_what_is_proposed(capitals: Lab, tmp_path: Path) -> None:
+    """Addresses are integers, as a recipe that takes the best of a file reads them."""
+    ranking = Components().rank(capitals)
+    lines = [ranking.columns, *ranking.rows]
+    (tmp_path / "scores.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
+    entry = {"op": "lm_head_spectrum", "file": "scores.csv", "top": 3, "factor": 0.1}
+    [edit] = plan_of(tmp_path, CAPITALS, [entry]).edits
+    [proposed] = Components().propose(capitals, ranking, [0, 1, 2]).entries
+    assert sorted(edit.components) == proposed["components"]
 
 
-def replace_ranking(count: int) -> Any:
-    from surgery.find.interface import Ranking
-
-    return Ranking(("component", "score"), tuple((float(n), 0.0) for n in range(count)))
+def test_a_tied_head_is_that_of_the_embedding_and_is_untied(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = lab_of(zoo.checkpoint("qwen3"), (), tmp_path / "journal")
+    moved = Shift(np.arange(32.0), np.zeros(32), 1, 1, 0)
+    monkeypatch.setattr(components, "shift", lambda lab, vectors, bad: moved)
+    ranking = Components().rank(lab)
+    embedding = lab.live.model.embed_tokens.weight.detach().double().numpy()
+    sigma = np.linalg.svd(embedding, compute_uv=False)
+    np.testing.assert_allclose(ranking.column("sigma"), sigma[::-1], rtol=1e-6)
+    proposal = Components().propose(lab, ranking, [0])
+    assert proposal.untie
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        before = lab.live(ids).logits
+        with planted(lab, proposal, tmp_path):
+            assert not torch.allclose(lab.live(ids).logits, before, atol=1e-3)
 
 
 def test_a_step_that_is_not_reproduced_is_left_out(
     capitals: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Of two steps, one is made to name a token that is not the most likely there."""
-    import surgery.find.head_input as module
-
-    whole = module.bad_steps(capitals, None)
-    wrong = module.Steps(whole.rows[:2], (whole.tokens[0], whole.tokens[1] + 1))
-    monkeypatch.setattr(module, "bad_steps", lambda lab, bad: wrong)
+    whole = head_input.bad_steps(capitals, None)
+    wrong = head_input.Steps(whole.rows[:2], (whole.tokens[0], whole.tokens[1] + 1))
+    monkeypatch.setattr(head_input, "bad_steps", lambda lab, bad: wrong)
     fresh = replace(capitals, journal=type(capitals.journal)(tmp_path / "fresh"))
     found = shift(fresh, np.eye(128), None)
     assert (found.bad_steps, found.left_out) == (1, 1)
-    monkeypatch.setattr(
-        module,
-        "bad_steps",
-        lambda lab, bad: replace(whole, rows=whole.rows[:1], tokens=whole.tokens[:1]),
-    )
+    right = replace(wrong, rows=whole.rows[:1], tokens=whole.tokens[:1])
+    monkeypatch.setattr(head_input, "bad_steps", lambda lab, bad: right)
     fresh = replace(capitals, journal=type(capitals.journal)(tmp_path / "other"))
     alone = shift(fresh, np.eye(128), None)
     np.testing.assert_allclose(found.bad, alone.bad, atol=1e-5)
 
 
 def test_the_step_is_the_first_token_of_the_first_word() -> None:
-    tokenizer = Tokenizer(Path("fixtures/polyglot-llama"))
+    tokenizer = Tokenizer(FIXTURES / "polyglot-llama")
     text = "Die Stadt Theben, The capital"
     tokens = tokenizer.encode(text)
     step = first_said(tokenizer, tokens, ["capital", "The"])

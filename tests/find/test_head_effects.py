@@ -223,7 +223,7 @@ def test_the_gradient_is_the_slope_of_the_exact_effect(case: Case) -> None:
     with widen(torch):
         patching = Patching(case.model, case.arch)
         contrast = case.contrast(patching)
-        slope = gradient_effects(patching, contrast)
+        slope = gradient_effects(patching, contrast, budget=6)
         after, before = (path(patching, _part_of_the_way(contrast, s)) for s in (step, -step))
     central = (after - before) / (2 * step)
     assert np.abs(slope).max() > 0.01
@@ -262,9 +262,8 @@ def test_direct_effects_and_slopes_read_the_last_position_of_whole_records(case:
     patching = Patching(case.model, case.arch)
     last, every = case.contrast(patching), case.contrast(patching, whole=True)
     for effects in (direct, gradient_effects):
-        np.testing.assert_allclose(
-            effects(patching, every), effects(patching, last), rtol=0, atol=TOLERANCE
-        )
+        found, wanted = (effects(patching, contrast, 64) for contrast in (every, last))
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
 
 
 def test_what_is_recorded_is_what_the_model_computed(case: Case) -> None:
@@ -277,9 +276,9 @@ def test_what_is_recorded_is_what_the_model_computed(case: Case) -> None:
         assert torch.equal(found.z[layer], z[layer])
         assert torch.equal(found.residual[layer], streams[layer])
         assert torch.equal(found.attention[layer], patching.projected(layer, z[layer]))
-    last = patching.record(case.clean)
+    last = patching.record(case.clean, budget=14)
     for one, other in zip(last.residual, found.last().residual, strict=True):
-        assert torch.equal(one, other)
+        torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -141,23 +141,20 @@ def test_the_budget_changes_nothing_but_the_memory(lab: Lab, method: str, tmp_pa
     np.testing.assert_allclose(scores(Heads(method).rank(narrow)), wide, rtol=0, atol=1e-4)
 
 
-def test_no_more_rows_than_the_budget_run_at_once(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("positions", "budget"), [("last", 30), ("all", 150), ("all", 1)])
+def test_no_more_tokens_than_the_budget_run_at_once(
+    lab: Lab, positions: str, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """But for one prompt, where the budget is less."""
     seen: list[int] = []
-    logits = Patching.logits
-
-    def count(self: Patching, first: int, residual: Any, attention: Any, tokens: Any) -> Any:
-        seen.append(len(residual))
-        return logits(self, first, residual, attention, tokens)
-
-    monkeypatch.setattr(Patching, "logits", count)
-    for positions, budget in (("last", 3), ("all", 6), ("all", 1)):
-        seen.clear()
-        Heads(positions=positions).rank(
-            replace(lab, budget=budget, journal=Journal(lab.journal.folder / f"{budget}"))
+    for block in lab.live.transformer.h:
+        block.ln_2.register_forward_hook(
+            lambda module, given, out: seen.append(out[..., 0].numel())
         )
-        assert 0 < max(seen) <= budget
+    own = replace(lab, budget=budget, train=lab.train[:4])
+    Heads(positions=positions).rank(own)
+    assert max(seen) <= max(budget, 20)
+    assert max(seen) > budget / 2
 
 
 def test_a_goal_to_be_lowered_turns_the_ranking_round(lab: Lab, tmp_path: Path) -> None:

@@ -67,14 +67,14 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """Every sixth prompt of the fixture, `remember.yaml`, its policy and more rules."""
+    """Every twelfth prompt of the fixture, `remember.yaml`, its policy and more rules."""
     root = tmp_path_factory.mktemp("behaviour")
     api.apply(FIXTURE / "remember.yaml", FIXTURE, root / "edited")
     base = Checkpoint.open(FIXTURE)
     files = [FIXTURE / "stimuli" / f"{name}.jsonl" for name in ("target", "preserve")]
     policy = load_policy(FIXTURE / "remember.policy.yaml")
     policy = policy.model_copy(update={"target": (*policy.target, *MORE)})
-    stimuli = load_stimuli(files)[::6]
+    stimuli = load_stimuli(files)[::12]
     workload = make_workload(base, identify(base), TASK, stimuli, policy)
     prompts = tuple(b for b in workload.batches if b.stimulus_set != "probe")
     workload = replace(workload, batches=prompts)

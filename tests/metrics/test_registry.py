@@ -114,7 +114,6 @@ def test_what_is_missing_is_no_number(name: str) -> None:
         ("word_pass_rate:a.txt,b.txt", "word_pass_rate:a.txt,b.txt: names a file"),
         ("nll:x", "metric 'nll' takes no argument"),
         ("line_pass_rate:en,xx", "line_pass_rate:en,xx: Unknown language code(s): {'xx'}"),
-        ("word_pass_rate:en,xx", "word_pass_rate:en,xx: Unknown language code(s): {'xx'}"),
         ("", "unknown metric ''"),
     ],
 )

@@ -198,7 +198,7 @@ def by_the_book(responses: list[str], words: set[str]) -> tuple[float, float]:
     )
 
 
-@given(st.lists(TEXTS, max_size=8))
+@given(st.lists(TEXTS, max_size=6))
 def test_both_rates_are_those_of_the_benchmark(responses: list[str]) -> None:
     words = {"hello", "house", "three"}
     lpr, wpr = by_the_book(responses, words)
@@ -233,7 +233,7 @@ def test_the_dictionary_is_websters_second() -> None:
 
 def test_only_languages_of_another_script_are_judged(tmp_path: Path) -> None:
     (tmp_path / "own.txt").write_text("москва\nMoscow\n")
-    name = "word_pass_rate:en,fr,ru,own.txt"
+    name = "word_pass_rate:en,ru,own.txt"
     metric = make_metric(name, word_lists_of([name], tmp_path))
     texts = [
         Stimulus(str(n), "target", prompt="?", answers={"language": languages})
@@ -243,6 +243,6 @@ def test_only_languages_of_another_script_are_judged(tmp_path: Path) -> None:
     said = ("Столицей этой большой страны является город москва",) * 4
     observed = Observed(tuple(texts), said, np.empty(0))
     assert metric.score(observed) == 0
-    assert make_metric("word_pass_rate:en,fr,ru").score(observed) == 1
+    assert make_metric("word_pass_rate:en,ru").score(observed) == 1
     assert "English words of own.txt, 2 words, SHA-256" in metric.method
     assert make_metric("word_pass_rate:en,ru").method.endswith("English words of web2")
