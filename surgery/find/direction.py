@@ -22,10 +22,10 @@ from surgery.edits.direction import Direction as DirectionEdit
 from surgery.edits.projection import refuse_inexact
 from surgery.errors import EditError, FindError
 from surgery.find.interface import SCORE, Finder, Lab, Proposal, Ranking
-from surgery.find.margins import margins, pairs_of
-from surgery.find.mean_directions import Spread, Vectors, directions, separation, streams
-from surgery.find.prompts import Question, fed, prompts_of, questions_of
-from surgery.find.rows import Row, pieces, refuse_encoder
+from surgery.find.prompts.questions import Question, fed, prompts_of, questions_of
+from surgery.find.prompts.rows import Row, pieces, refuse_encoder
+from surgery.find.scores.margins import margins, pairs_of
+from surgery.find.scores.mean_directions import Spread, Vectors, directions, separation, streams
 from surgery.find.tables import by_score
 from surgery.stimuli import SETS
 

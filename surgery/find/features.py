@@ -27,11 +27,11 @@ from surgery.edits.autoencoders import Autoencoder, opened
 from surgery.edits.autoencoders.encoding import read_encoder
 from surgery.edits.autoencoders.hooks import MLP_INPUT, Point, point_of
 from surgery.errors import EditError, FindError, RecipeError
-from surgery.find.feature_effects import Z_SITE, Site, attribution, direct
 from surgery.find.interface import SCORE, Entry, Finder, Lab, Proposal, Ranking
-from surgery.find.margins import pairs_of
-from surgery.find.prompts import fed, prompts_of, questions_of
-from surgery.find.rows import Row, pieces, refuse_encoder
+from surgery.find.prompts.questions import fed, prompts_of, questions_of
+from surgery.find.prompts.rows import Row, pieces, refuse_encoder
+from surgery.find.scores.feature_effects import Z_SITE, Site, attribution, direct
+from surgery.find.scores.margins import pairs_of
 from surgery.find.tables import by_score
 from surgery.recipe import Recipe, RecipeFolder
 

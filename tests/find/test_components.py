@@ -17,14 +17,15 @@ from recipes import plan_of
 
 from surgery.edits.lm_head_spectrum import spectrum
 from surgery.errors import EditError, FindError
-from surgery.find import components, head_input
-from surgery.find.circuits import readings, spectra
-from surgery.find.component_effects import removal_effects
+from surgery.find import components
 from surgery.find.components import Components
-from surgery.find.head_input import Shift, first_said, shift
 from surgery.find.interface import Lab
-from surgery.find.watched import Watched, watch
-from surgery.find.weights import StoredReader
+from surgery.find.prompts.watched import Watched, watch
+from surgery.find.scores import head_input
+from surgery.find.scores.circuits import readings, spectra
+from surgery.find.scores.component_effects import removal_effects
+from surgery.find.scores.head_input import Shift, first_said, shift
+from surgery.find.scores.weights import StoredReader
 from surgery.stimuli import Stimulus
 from surgery.stimuli.prompts import Tokenizer, load_stimuli
 

@@ -24,9 +24,9 @@ from surgery.edits.autoencoders.hooks import point_of
 from surgery.errors import EditError, FindError, InputError
 from surgery.export.load import forward_inputs, load_model
 from surgery.export.tasks import find_task
-from surgery.find.feature_effects import Site, attribution, direct
 from surgery.find.features import Features
-from surgery.find.prompts import Fed
+from surgery.find.prompts.questions import Fed
+from surgery.find.scores.feature_effects import Site, attribution, direct
 from surgery.runtimes.pytorch import widen
 from surgery.stimuli import Stimulus
 

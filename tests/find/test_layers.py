@@ -16,14 +16,14 @@ from models import Zoo, deep
 from safetensors.numpy import save_file
 
 from surgery.errors import CheckpointError, FindError
-from surgery.find import lens as lens_module
 from surgery.find.interface import Lab, Ranking
 from surgery.find.journal import Journal
 from surgery.find.layers import Layers
-from surgery.find.lens import Training, fit, load_lens
-from surgery.find.readings import Read
-from surgery.find.rows import token_rows
-from surgery.find.stream import Stream
+from surgery.find.prompts.rows import token_rows
+from surgery.find.scores import lens as lens_module
+from surgery.find.scores.lens import Training, fit, load_lens
+from surgery.find.scores.readings import Read
+from surgery.find.scores.stream import Stream
 from surgery.stimuli import Stimulus
 from surgery.stimuli.prompts import load_stimuli
 

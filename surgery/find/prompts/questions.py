@@ -9,7 +9,7 @@ from typing import Any
 from surgery.differential.answers import spaced
 from surgery.errors import FindError, quote
 from surgery.find.interface import Lab
-from surgery.find.rows import Row, inputs_of, token_rows
+from surgery.find.prompts.rows import Row, inputs_of, token_rows
 from surgery.stimuli import Stimulus
 
 
