@@ -17,6 +17,11 @@ from surgery.arch import Architecture, Role
 STREAM, INPUT, OUTPUT = "stream", "input", "output"
 _READ = ("o_proj", "down_proj")
 """Roles whose input is a boundary too: what heads give, and what neurons give."""
+_ACTIVATED = ("BiasGelu", "FastGelu", "QuickGelu", "BiasSplitGelu", "FusedGemm")
+"""ONNX Runtime's operators that add a bias, or multiply, and apply an activation at once: the
+module's own output is nowhere in such a graph."""
+_NARROW = (10, 16)
+"""What ONNX numbers FLOAT16 and BFLOAT16."""
 _SAME = ("Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
 
@@ -90,6 +95,7 @@ class _Flow:
         self._maker = {name: node for node in graph.node for name in node.output if name}
         self._graph, self._owners = graph, owners
         self._constant = {tensor.name for tensor in graph.initializer}
+        self._narrow = {t.name for t in graph.initializer if t.data_type in _NARROW}
         self._owner: dict[str, set[Role]] = {name: {role} for name, role in owners.items()}
         self._mixed: list[Any] = []
         for node in graph.node:
@@ -115,10 +121,21 @@ class _Flow:
                 if not last or self._follows(node, last):
                     found[key] = (first, node.output[0])
         embed = arch.facts.tie.embed, None
-        if arch.facts.scaled_embedding and embed in found:
+        if embed in found:
             first, last = found[embed]
-            found[embed] = first, self._scaled(last)
-        return found
+            wide = self._widened(first, last)
+            found[embed] = first, self._scaled(wide) if arch.facts.scaled_embedding else wide
+        return {key: own for key, own in found.items() if not self._is_activated(own[1])}
+
+    def _is_activated(self, value: str) -> bool:
+        """Whether what a module gives went through an activation in the very same node."""
+        return value in self._maker and self._maker[value].op_type in _ACTIVATED
+
+    def _widened(self, lookup: Any, value: str) -> str:
+        """What a lookup gives in the type that is computed in, where its table has another."""
+        narrow = any(name in self._narrow for name in lookup.input)
+        casts = [n for n in self._graph.node if n.op_type == "Cast" and value in n.input]
+        return str(casts[0].output[0]) if narrow and len(casts) == 1 else value
 
     def _scaled(self, value: str) -> str:
         """What an embedding gives that multiplies its rows by a number."""

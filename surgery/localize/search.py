@@ -186,10 +186,16 @@ class Search:
 
     def _healed(self, guilty: list[Boundary], given: Mapping[str, NDArray[Any]]) -> bool:
         """Whether nothing is wrong any more with PyTorch's values at the guilty boundaries, or at
-        all of their kind: in another layer the same cause may stay below the limit by itself."""
-        kinds = {(b.role, b.side) for b in guilty}
-        alike = [b for b in self._edges() if b in guilty or (b.role, b.side) in kinds]
-        return self._right_with(guilty, given) or self._right_with(alike, given)
+        all of their kind: elsewhere the same cause may stay below the limit by itself. Norms are
+        tried as one kind too, since they share what is added to a variance."""
+        wider = (lambda b: (b.role, b.side), self._kind)
+        alike = ([b for b in self._edges() if kind(b) in set(map(kind, guilty))] for kind in wider)
+        return any(self._right_with(reset, given) for reset in (guilty, *alike))
+
+    def _kind(self, boundary: Boundary) -> tuple[str, str]:
+        module = self._arch.facts.modules.get(boundary.role)
+        is_norm = module is not None and module.type == "norm"
+        return "norm" if is_norm else boundary.role, boundary.side
 
     def _right_with(self, reset: list[Boundary], given: Mapping[str, NDArray[Any]]) -> bool:
         """Whether every other boundary is right with PyTorch's values at those of `reset`."""
