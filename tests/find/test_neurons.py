@@ -102,7 +102,7 @@ def test_facts_tell_detector_and_prompts(ranking: Ranking) -> None:
 
 
 def test_at_a_prompt_only_the_highest_count(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("surgery.find.neuron_totals.HIGHEST", 3)
+    monkeypatch.setattr("surgery.find.scores.neuron_totals.HIGHEST", 3)
     found = Neurons(new_tokens=16).rank(make())
     assert found.columns == ("layer", "neuron", "score", "base", "count")
     points = found.facts["confusion_points"]
@@ -168,8 +168,8 @@ def test_what_was_found_is_not_computed_again(
     def fail(*given: Any) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("surgery.find.points.generate", fail)
-    monkeypatch.setattr("surgery.find.neuron_scores.Attribution.scores", fail)
+    monkeypatch.setattr("surgery.find.prompts.points.generate", fail)
+    monkeypatch.setattr("surgery.find.scores.neuron_scores.Attribution.scores", fail)
     assert Neurons(tuned=TUNED, new_tokens=16).rank(make()) == ranking
     with pytest.raises(AssertionError, match="computed again"):
         Neurons(tuned=TUNED, new_tokens=16).rank(make(prompts=8))
