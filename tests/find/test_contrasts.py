@@ -13,8 +13,8 @@ from tokenizers.pre_tokenizers import Split
 
 from surgery.errors import FindError, StimuliError
 from surgery.find.interface import Goal
+from surgery.find.prompts import contrasts
 from surgery.find.prompts.contrasts import Names, Pairs, answer_names, contrast_pairs
-from surgery.find.prompts.questions import contrasts
 from surgery.metrics import make_metric
 from surgery.stimuli import Stimulus
 from surgery.stimuli.prompts import Tokenizer

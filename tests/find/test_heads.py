@@ -122,7 +122,7 @@ def by_hand(lab: Lab) -> Any:
 
 @pytest.mark.parametrize("positions", ["last", "all"])
 def test_the_score_is_the_mean_exact_change_of_raised_over_rival(lab: Lab, positions: str) -> None:
-    own = replace(lab, train=tuple(s for s in lab.train if s.corrupted is not None))
+    own = replace(lab, train=lab.train[1:3])
     ranking = Heads(positions=positions).rank(own)
     wanted = by_hand(own)
     np.testing.assert_allclose(scores(ranking, "raised"), wanted[..., 0], rtol=0, atol=1e-4)
@@ -131,14 +131,14 @@ def test_the_score_is_the_mean_exact_change_of_raised_over_rival(lab: Lab, posit
     np.testing.assert_allclose(scores(ranking), score, rtol=0, atol=1e-4)
     assert np.abs(score).max() > 0.1
     assert ranking.column("score") == sorted(ranking.column("score"), reverse=True)
-    assert ranking.facts["prompts"] == 4
+    assert ranking.facts["prompts"] == 2
 
 
 @pytest.mark.parametrize("method", Heads.methods)
 def test_the_budget_changes_nothing_but_the_memory(lab: Lab, method: str, tmp_path: Path) -> None:
-    wide = scores(Heads(method).rank(lab))
+    wide = scores(Heads(method=method).rank(lab))
     narrow = replace(lab, budget=3, journal=Journal(tmp_path / "narrow"))
-    np.testing.assert_allclose(scores(Heads(method).rank(narrow)), wide, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(scores(Heads(method=method).rank(narrow)), wide, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("positions", "budget"), [("last", 30), ("all", 150), ("all", 1)])
@@ -209,7 +209,7 @@ def test_the_facts_tell_what_was_used_and_how_the_methods_agree(lab: Lab) -> Non
     assert facts["corrupted"]["given"] == 4 and facts["corrupted"]["drawn"] == used - 4
     assert set(facts["rank_correlation"]) == {"direct", "gradient"}
     assert facts["rank_correlation"]["direct"] > 0.5
-    assert set(Heads("direct").rank(lab).facts["rank_correlation"]) == {"gradient"}
+    assert set(Heads(method="direct").rank(lab).facts["rank_correlation"]) == {"gradient"}
     assert told[-1][1] == told[-1][2] > 0
 
 
@@ -228,9 +228,9 @@ def test_the_registry_has_it() -> None:
 @pytest.mark.parametrize(
     ("finder", "message"),
     [
-        (Heads("paths"), "expected a method of path, direct, gradient"),
+        (Heads(method="paths"), "expected a method of path, direct, gradient"),
         (Heads(positions="first"), "positions of last, all"),
-        (Heads("direct", positions="all"), "method direct reads the last position"),
+        (Heads(method="direct", positions="all"), "method direct reads the last position"),
         (Heads(against="nobody"), "no such other answer; they have 'stated'"),
     ],
 )
