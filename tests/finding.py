@@ -60,7 +60,7 @@ def planted(lab: Lab, proposal: Proposal, folder: Path) -> Iterator[None]:
     if proposal.tensors:
         save_file(dict(proposal.tensors), folder / TENSORS)
     edits = [dict(entry) for entry in proposal.entries]
-    text = json.dumps({"schema": 1, "untie": proposal.untie, "edits": edits})
+    text = json.dumps({"schema": 1, "untie": proposal.untie, "edits": edits}, default=str)
     (folder / "recipe.json").write_text(text)
     recipe = load_recipe(folder / "recipe.json", allow_outside=True)
     editor = Editor(make_plan(recipe, lab.checkpoint))

@@ -107,7 +107,7 @@ def equality(way: str, own: Timed, loop: Timed) -> Row:
 
 
 def agreements(ways: dict[str, Timed]) -> list[Row]:
-    from surgery.find.agreement import rank_correlation
+    from surgery.find.scores.agreement import rank_correlation
 
     scores = {way: scored(own.effects) for way, own in ways.items()}
     pairs = (("path", "direct"), ("path", "gradient"), ("direct", "gradient"))

@@ -22,8 +22,13 @@ from surgery.arch import identify
 from surgery.checkpoint import Checkpoint
 from surgery.export.load import load_model
 from surgery.export.tasks import find_task
-from surgery.find.head_effects import Contrast, direct_effects, gradient_effects, path_effects
-from surgery.find.patching import Patching
+from surgery.find.scores.head_effects import (
+    Contrast,
+    direct_effects,
+    gradient_effects,
+    path_effects,
+)
+from surgery.find.scores.patching import Patching
 
 PROMPTS, LENGTH = 64, 32
 WAYS = ("path", "direct", "gradient", "all", "loop")

@@ -14,14 +14,14 @@ from surgery.edits.head_spectrum import refuse_qk
 from surgery.edits.lm_head_spectrum import spectrum
 from surgery.edits.spectrum import distinct
 from surgery.errors import EditError, FindError
-from surgery.find.circuits import WAYS, Readings, Spectra, readings, spectra
-from surgery.find.component_effects import removal_effects
-from surgery.find.head_input import shift
 from surgery.find.interface import Finder, Lab, Proposal, Ranking
-from surgery.find.rows import refuse_encoder
+from surgery.find.prompts.rows import refuse_encoder
+from surgery.find.prompts.watched import watch
+from surgery.find.scores.circuits import WAYS, Readings, Spectra, readings, spectra
+from surgery.find.scores.component_effects import removal_effects
+from surgery.find.scores.head_input import shift
+from surgery.find.scores.weights import StoredReader
 from surgery.find.tables import by_score
-from surgery.find.watched import watch
-from surgery.find.weights import StoredReader
 
 Floats = NDArray[np.float64]
 

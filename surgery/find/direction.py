@@ -22,9 +22,11 @@ from surgery.edits.direction import Direction as DirectionEdit
 from surgery.edits.projection import refuse_inexact
 from surgery.errors import EditError, FindError
 from surgery.find.interface import SCORE, Finder, Lab, Proposal, Ranking
-from surgery.find.margins import margins, pairs_of
-from surgery.find.mean_directions import Spread, Vectors, directions, separation, streams
-from surgery.find.prompts import Ids, Question, fed, parts, prompts_of, questions_of
+from surgery.find.prompts.questions import Question, fed, prompts_of, questions_of
+from surgery.find.prompts.rows import Row, pieces, refuse_encoder
+from surgery.find.scores.margins import margins, pairs_of
+from surgery.find.scores.mean_directions import Spread, Vectors, directions, separation, streams
+from surgery.find.tables import by_score
 from surgery.stimuli import SETS
 
 POSITIONS = ("last", "mean")
@@ -55,6 +57,7 @@ class Direction(Finder):
     def rank(self, lab: Lab) -> Ranking:
         """Columns: `layer`, `score`, the `separation` of the two sets and their mean projections,
         and, where the target prompts name the goal's answer, the `effect` of the ablation."""
+        refuse_encoder(lab, "find direction")
         self._check(lab.arch)
         prompts = {name: prompts_of(lab, name) for name in (self.of, self.against)}
         if min(map(len, prompts.values())) < 2:
@@ -68,11 +71,9 @@ class Direction(Finder):
         if effect is not None:
             columns["effect"] = effect
         score = apart if self.method == "separation" else lab.goal.sign * columns["effect"]
-        order = np.argsort(-score, kind="stable")
-        rows = [
-            (float(n), float(score[n]), *(float(c[n]) for c in columns.values())) for n in order
-        ]
-        return Ranking(("layer", SCORE, *columns), tuple(rows), {DIRECTIONS: found})
+        facts = {"prompts": {name: len(own) for name, own in prompts.items()}}
+        table = {"layer": np.arange(len(score)), SCORE: score, **columns}
+        return by_score(table, facts, {DIRECTIONS: found})
 
     def propose(self, lab: Lab, ranking: Ranking, chosen: Sequence[int]) -> Proposal:
         [index] = chosen
@@ -103,8 +104,6 @@ class Direction(Finder):
         return DirectionEdit(vector[:, None], self.strength, layers, True, None)
 
     def _check(self, arch: Architecture) -> None:
-        if arch.facts.kind != "decoder":
-            raise FindError(f"{arch.family} is no decoder; find direction needs one")
         if self.position not in POSITIONS:
             raise FindError(f"position is {self.position!r}; expected {' or '.join(POSITIONS)}")
         if self.of == self.against or not {self.of, self.against} <= set(SETS):
@@ -117,7 +116,7 @@ class Direction(Finder):
             except EditError as error:
                 raise FindError(str(error)) from None
 
-    def _mean(self, lab: Lab, name: str, rows: Sequence[Ids]) -> Vectors:
+    def _mean(self, lab: Lab, name: str, rows: Sequence[Row]) -> Vectors:
         """The mean over prompts of the stream, [layers, width]."""
 
         def total(part: slice) -> Vectors:
@@ -126,7 +125,7 @@ class Direction(Finder):
         sums = list(_pieces(lab, f"stream of {name}", len(rows), total))
         return np.asarray(sum(sums) / len(rows))
 
-    def _spread(self, lab: Lab, name: str, rows: Sequence[Ids], found: Vectors) -> Spread:
+    def _spread(self, lab: Lab, name: str, rows: Sequence[Row], found: Vectors) -> Spread:
         """Where the prompts lie along each layer's direction."""
 
         def along(part: slice) -> Vectors:
@@ -135,7 +134,7 @@ class Direction(Finder):
         every = np.concatenate(list(_pieces(lab, f"spread of {name}", len(rows), along)))
         return Spread(every.mean(0), every.var(0, ddof=1))
 
-    def _streams(self, lab: Lab, rows: Sequence[Ids]) -> Vectors:
+    def _streams(self, lab: Lab, rows: Sequence[Row]) -> Vectors:
         return streams(lab.live, lab.arch, fed(lab, rows), self.position)
 
     def _effects(self, lab: Lab, found: Vectors) -> Vectors | None:
@@ -157,13 +156,13 @@ class Direction(Finder):
         def moved(part: slice) -> Vectors:
             return _moved(lab, edit, questions[part])
 
-        pieces = _pieces(lab, f"ablation of layer {layer}", len(questions), moved)
-        return float(np.concatenate(list(pieces)).mean())
+        every = list(_pieces(lab, f"ablation of layer {layer}", len(questions), moved))
+        return float(np.concatenate(every).mean())
 
 
 def _pieces(lab: Lab, name: str, count: int, of: Callable[[slice], Vectors]) -> Iterator[Vectors]:
     """What `of` gives for each batch of `count` prompts, kept in the journal."""
-    for part in parts(count, lab.budget):
+    for part in pieces(count, lab.budget):
         yield lab.journal.array(f"{name}: {part.start} to {part.stop}", partial(of, part))
         lab.progress(name, part.stop, count)
 

@@ -25,12 +25,14 @@ from pydantic import ValidationError
 from surgery.edits import OPS
 from surgery.edits.autoencoders import Autoencoder, opened
 from surgery.edits.autoencoders.encoding import read_encoder
-from surgery.edits.autoencoders.hooks import Point, point_of
+from surgery.edits.autoencoders.hooks import MLP_INPUT, Point, point_of
 from surgery.errors import EditError, FindError, RecipeError
-from surgery.find.feature_effects import Z_SITE, Site, attribution, direct
 from surgery.find.interface import SCORE, Entry, Finder, Lab, Proposal, Ranking
-from surgery.find.margins import pairs_of
-from surgery.find.prompts import Ids, fed, parts, prompts_of, questions_of
+from surgery.find.prompts.questions import fed, prompts_of, questions_of
+from surgery.find.prompts.rows import Row, pieces, refuse_encoder
+from surgery.find.scores.feature_effects import Z_SITE, Site, attribution, direct
+from surgery.find.scores.margins import pairs_of
+from surgery.find.tables import by_score
 from surgery.recipe import Recipe, RecipeFolder
 
 Sums = Mapping[str, NDArray[np.float64]]
@@ -78,10 +80,13 @@ class Features(Finder):
                 raise FindError(f"{sae.path}: every decoder row is zero")
             self._try(lab, point, int(usable[0]))
             site = Site(lab.live, lab.arch, point, read_encoder(sae))
-            if sae.writes is not None and self.method != "difference":
-                raise FindError(f"{sae.path}: is a transcoder; use --method difference")
-        columns = self._difference(lab, site) if self.method == "difference" else None
-        return self._ranking(point, usable, columns or self._effects(lab, site))
+            if point.site == MLP_INPUT and self.method != "difference":
+                raise FindError(
+                    f"{sae.path}: reads what an MLP reads and would write what it writes, so that "
+                    "no feature can be taken out; use --method difference"
+                )
+        measure = self._difference if self.method == "difference" else self._effects
+        return self._ranking(point, usable, measure(lab, site))
 
     def propose(self, lab: Lab, ranking: Ranking, chosen: Sequence[int]) -> Proposal:
         features = ranking.column("feature")
@@ -104,8 +109,7 @@ class Features(Finder):
         return self.propose(lab, ranking, [int(index) for index in drawn])
 
     def _check(self, lab: Lab) -> None:
-        if lab.arch.facts.kind != "decoder":
-            raise FindError(f"{lab.arch.family} is no decoder; find features needs one")
+        refuse_encoder(lab, "find features")
         if self.position not in POSITIONS:
             raise FindError(f"position is {self.position!r}; expected {' or '.join(POSITIONS)}")
         if self.steps < 1:
@@ -156,7 +160,7 @@ class Features(Finder):
             "frequency": found[TARGET]["frequency"],
         }
 
-    def _activity(self, lab: Lab, site: Site, name: str, rows: Sequence[Ids]) -> Sums:
+    def _activity(self, lab: Lab, site: Site, name: str, rows: Sequence[Row]) -> Sums:
         """The mean over prompts of each feature's activation, and how often it is active."""
 
         def of(part: slice) -> dict[str, Any]:
@@ -195,11 +199,8 @@ class Features(Finder):
         }
 
     def _ranking(self, point: Point, usable: NDArray[Any], columns: Sums) -> Ranking:
-        score = columns[SCORE][usable]
-        if not np.isfinite(score).all():
+        if not np.isfinite(columns[SCORE][usable]).all():
             raise FindError(f"features of {self.sae} have scores that are no numbers")
-        order = usable[np.argsort(-score, kind="stable")]
-        rows = [(float(i), *(float(column[i]) for column in columns.values())) for i in order]
         facts = {
             "layer": point.layer,
             "site": point.site,
@@ -207,13 +208,14 @@ class Features(Finder):
             "silent": int((columns["frequency"] == 0).sum()),
             "unusable": len(columns[SCORE]) - len(usable),
         }
-        return Ranking(("feature", *columns), tuple(rows), facts=facts)
+        own = {name: column[usable] for name, column in columns.items()}
+        return by_score({"feature": usable, **own}, facts)
 
 
 def _means(lab: Lab, name: str, count: int, of: Callable[[slice], dict[str, Any]]) -> Sums:
     """What `of` sums over each batch, over all `count` prompts and divided by them."""
     total: dict[str, Any] = {}
-    for part in parts(count, lab.budget):
+    for part in pieces(count, lab.budget):
         sums = lab.journal.arrays(f"{name}: {part.start} to {part.stop}", partial(of, part))
         total = {key: total.get(key, 0.0) + value for key, value in sums.items()}
         lab.progress(name, part.stop, count)

@@ -19,17 +19,23 @@ from numpy.typing import NDArray
 
 from surgery.addresses import Head
 from surgery.errors import FindError, quote
-from surgery.find.agreement import rank_correlation
-from surgery.find.contrasts import Names, Pair, Pairs, answer_names, contrast_pairs
-from surgery.find.head_effects import (
+from surgery.find.interface import Finder, Lab, Proposal, Ranking
+from surgery.find.prompts.contrasts import (
+    Names,
+    Pair,
+    Pairs,
+    answer_names,
+    contrast_pairs,
+)
+from surgery.find.scores.agreement import rank_correlation
+from surgery.find.scores.head_effects import (
     Contrast,
     Effects,
     direct_effects,
     gradient_effects,
     path_effects,
 )
-from surgery.find.interface import Finder, Lab, Proposal, Ranking
-from surgery.find.patching import Patching, Recorded
+from surgery.find.scores.patching import Patching, Recorded
 from surgery.stimuli.batches import pad
 
 POSITIONS = ("last", "all")

@@ -15,12 +15,12 @@ from surgery.checkpoint.files import sha256_file
 from surgery.edits.layers import LayersEdit
 from surgery.errors import FindError
 from surgery.find.interface import Finder, Lab, Proposal, Ranking
-from surgery.find.lens import Lens, Training, fit, load_lens
-from surgery.find.readings import Read, Removed, read
-from surgery.find.rows import inputs_of, pieces, refuse_encoder, token_rows
-from surgery.find.stream import Stream
+from surgery.find.prompts.rows import inputs_of, pieces, refuse_encoder, token_rows
+from surgery.find.prompts.watched import Watched, watch
+from surgery.find.scores.lens import Lens, Training, fit, load_lens
+from surgery.find.scores.readings import Read, Removed, read
+from surgery.find.scores.stream import Stream
 from surgery.find.tables import by_score
-from surgery.find.watched import Watched, watch
 
 Floats = NDArray[np.float64]
 

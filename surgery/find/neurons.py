@@ -25,7 +25,8 @@ from surgery.arch import Architecture, identify
 from surgery.checkpoint import Checkpoint
 from surgery.errors import FindError
 from surgery.find.interface import SCORE, Finder, Lab, Proposal, Ranking
-from surgery.find.neuron_totals import (
+from surgery.find.prompts.points import confusion_points, tokens_in
+from surgery.find.scores.neuron_totals import (
     Subject,
     Totals,
     ablation_totals,
@@ -34,7 +35,6 @@ from surgery.find.neuron_totals import (
     gradient_totals,
     highest,
 )
-from surgery.find.points import confusion_points, tokens_in
 from surgery.runtimes.pytorch import TorchRuntime
 
 SHARE = 0.02

@@ -15,7 +15,7 @@ from surgery.arch import identify
 from surgery.checkpoint import Checkpoint
 from surgery.export.load import load_model
 from surgery.export.tasks import find_task
-from surgery.find.auroc import auroc, peaks
+from surgery.find.scores.auroc import auroc, peaks
 
 Few = st.lists(st.integers(-2, 2), min_size=1, max_size=6)
 """Few values, so that many tie."""

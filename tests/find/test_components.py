@@ -17,13 +17,15 @@ from recipes import plan_of
 
 from surgery.edits.lm_head_spectrum import spectrum
 from surgery.errors import EditError, FindError
-from surgery.find.circuits import readings, spectra
-from surgery.find.component_effects import removal_effects
+from surgery.find import components
 from surgery.find.components import Components
-from surgery.find.head_input import Shift, first_said, shift
 from surgery.find.interface import Lab
-from surgery.find.watched import Watched, watch
-from surgery.find.weights import StoredReader
+from surgery.find.prompts.watched import Watched, watch
+from surgery.find.scores import head_input
+from surgery.find.scores.circuits import readings, spectra
+from surgery.find.scores.component_effects import removal_effects
+from surgery.find.scores.head_input import Shift, first_said, shift
+from surgery.find.scores.weights import StoredReader
 from surgery.stimuli import Stimulus
 from surgery.stimuli.prompts import Tokenizer, load_stimuli
 
@@ -123,7 +125,7 @@ def test_a_tied_head_is_that_of_the_embedding_and_is_untied(
 ) -> None:
     lab = lab_of(zoo.checkpoint("qwen3"), (), tmp_path / "journal")
     moved = Shift(np.arange(32.0), np.zeros(32), 1, 1, 0)
-    monkeypatch.setattr("surgery.find.components.shift", lambda lab, vectors, bad: moved)
+    monkeypatch.setattr(components, "shift", lambda lab, vectors, bad: moved)
     ranking = Components().rank(lab)
     embedding = lab.live.model.embed_tokens.weight.detach().double().numpy()
     sigma = np.linalg.svd(embedding, compute_uv=False)
@@ -141,19 +143,14 @@ def test_a_step_that_is_not_reproduced_is_left_out(
     capitals: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Of two steps, one is made to name a token that is not the most likely there."""
-    import surgery.find.head_input as module
-
-    whole = module.bad_steps(capitals, None)
-    wrong = module.Steps(whole.rows[:2], (whole.tokens[0], whole.tokens[1] + 1))
-    monkeypatch.setattr(module, "bad_steps", lambda lab, bad: wrong)
+    whole = head_input.bad_steps(capitals, None)
+    wrong = head_input.Steps(whole.rows[:2], (whole.tokens[0], whole.tokens[1] + 1))
+    monkeypatch.setattr(head_input, "bad_steps", lambda lab, bad: wrong)
     fresh = replace(capitals, journal=type(capitals.journal)(tmp_path / "fresh"))
     found = shift(fresh, np.eye(128), None)
     assert (found.bad_steps, found.left_out) == (1, 1)
-    monkeypatch.setattr(
-        module,
-        "bad_steps",
-        lambda lab, bad: replace(whole, rows=whole.rows[:1], tokens=whole.tokens[:1]),
-    )
+    right = replace(wrong, rows=whole.rows[:1], tokens=whole.tokens[:1])
+    monkeypatch.setattr(head_input, "bad_steps", lambda lab, bad: right)
     fresh = replace(capitals, journal=type(capitals.journal)(tmp_path / "other"))
     alone = shift(fresh, np.eye(128), None)
     np.testing.assert_allclose(found.bad, alone.bad, atol=1e-5)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from surgery.errors import FindError
-from surgery.find.confusion import Judge, find_slip
+from surgery.find.prompts.confusion import Judge, find_slip
 
 GERMAN = "Die Hauptstadt von Frankreich heißt seit langer Zeit Paris."
 ENGLISH = "The capital of the country called France is the city of Paris."

@@ -12,9 +12,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
 from surgery.errors import FindError, StimuliError
-from surgery.find import contrasts
-from surgery.find.contrasts import Names, Pairs, answer_names, contrast_pairs
 from surgery.find.interface import Goal
+from surgery.find.prompts.contrasts import Names, Pairs, answer_names, contrast_pairs
+from surgery.find.prompts.questions import contrasts
 from surgery.metrics import make_metric
 from surgery.stimuli import Stimulus
 from surgery.stimuli.prompts import Tokenizer

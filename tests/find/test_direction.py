@@ -187,7 +187,7 @@ def test_what_norms_rescale_can_be_asked_for(zoo: Zoo, tmp_path: Path) -> None:
 def test_an_encoder_is_refused(zoo: Zoo, tmp_path: Path) -> None:
     lab = lab_of(zoo.checkpoint("gpt2"), stimuli(), tmp_path / "journal")
     bert = replace(lab, arch=identify(Checkpoint.open(zoo.checkpoint("bert"))))
-    with pytest.raises(FindError, match="bert is no decoder"):
+    with pytest.raises(FindError, match="find direction needs a decoder; bert is an"):
         Direction().rank(bert)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from finding import lab_of
+from finding import lab_of, planted
 from models import Zoo, deep
 from recipes import make_sae
 from sae_folders import files_of
@@ -24,9 +24,9 @@ from surgery.edits.autoencoders.hooks import point_of
 from surgery.errors import EditError, FindError, InputError
 from surgery.export.load import forward_inputs, load_model
 from surgery.export.tasks import find_task
-from surgery.find.feature_effects import Site, attribution, direct
 from surgery.find.features import Features
-from surgery.find.prompts import Fed
+from surgery.find.prompts.questions import Fed
+from surgery.find.scores.feature_effects import Site, attribution, direct
 from surgery.runtimes.pytorch import widen
 from surgery.stimuli import Stimulus
 
@@ -317,10 +317,11 @@ def test_the_difference_is_that_of_prompts_run_one_by_one(
     path = zoo.checkpoint(family, **deep(family, 3))
     make_sae(tmp_path / "sae", "blocks.1.hook_resid_post", 32, LATENTS)
     lab = lab_of(path, stimuli(), tmp_path / "journal")
-    ranking = Features(str(tmp_path / "sae"), position=position).rank(lab)
+    ranking = Features(sae=tmp_path / "sae", position=position).rank(lab)
     expected = literal_difference(path, place, position)
     features = [int(i) for i in ranking.column("feature")]
     assert sorted(features) == list(range(LATENTS))
+    assert all(isinstance(row[0], int) for row in ranking.rows)
     assert ranking.column("score") == sorted(ranking.column("score"), reverse=True)
     for name, values in expected.items():
         np.testing.assert_allclose(ranking.column(name), values[features], atol=1e-5, err_msg=name)
@@ -331,7 +332,7 @@ def test_a_search_goes_on_where_it_stopped(
 ) -> None:
     make_sae(tmp_path / "sae", "blocks.1.hook_resid_post", 32, LATENTS)
     path = zoo.checkpoint("gpt2", **deep("gpt2", 3))
-    finder = Features(str(tmp_path / "sae"))
+    finder = Features(sae=tmp_path / "sae")
     lab, told = lab_of(path, stimuli(), tmp_path / "journal"), []
     lab = replace(lab, progress=lambda *how: told.append(how))
     first = finder.rank(lab)
@@ -343,12 +344,12 @@ def test_a_search_goes_on_where_it_stopped(
 def test_a_proposal_is_a_recipe_entry_that_names_the_hook(zoo: Zoo, tmp_path: Path) -> None:
     make_sae(tmp_path / "sae", "transformer.h.1", 32, LATENTS)
     lab = lab_of(zoo.checkpoint("gpt2", **deep("gpt2", 3)), stimuli(), tmp_path / "journal")
-    finder = Features(str(tmp_path / "sae"))
+    finder = Features(sae=tmp_path / "sae")
     ranking = finder.rank(lab)
     proposal = finder.propose(lab, ranking, [2, 0])
     best = sorted(int(ranking.column("feature")[index]) for index in (2, 0))
     assert [dict(entry) for entry in proposal.entries] == [{
-        "op": "sae", "sae": str(tmp_path / "sae"), "features": best, "patch": "orthogonalize",
+        "op": "sae", "sae": tmp_path / "sae", "features": best, "patch": "orthogonalize",
         "strength": 1.0, "hook": "blocks.1.hook_resid_post",
     }]  # fmt: skip
     assert proposal.untie
@@ -357,7 +358,7 @@ def test_a_proposal_is_a_recipe_entry_that_names_the_hook(zoo: Zoo, tmp_path: Pa
 def test_random_features_are_active_ones_that_were_not_chosen(zoo: Zoo, tmp_path: Path) -> None:
     make_sae(tmp_path / "sae", "blocks.1.hook_resid_post", 32, LATENTS)
     lab = lab_of(zoo.checkpoint("gpt2", **deep("gpt2", 3)), stimuli(), tmp_path / "journal")
-    finder = Features(str(tmp_path / "sae"))
+    finder = Features(sae=tmp_path / "sae")
     ranking = finder.rank(lab)
     silent = {int(feature) for feature in ranking.column("feature")[-2:]}
     rows = [row[:-1] + (0.0 if row[0] in silent else 0.5,) for row in ranking.rows]
@@ -375,7 +376,7 @@ def test_random_features_are_active_ones_that_were_not_chosen(zoo: Zoo, tmp_path
 @pytest.mark.parametrize(
     ("family", "site", "options", "said"),
     [
-        ("bert", "hook_resid_post", {}, "bert is no decoder"),
+        ("bert", "hook_resid_post", {}, "find features needs a decoder; bert is an"),
         ("gpt2", "hook_resid_post", {"position": "first"}, "position is 'first'; expected mean"),
         ("gpt2", "hook_resid_post", {"steps": 0}, "steps is 0; expected at least 1"),
         ("gpt2", "hook_resid_post", {"patch": "z_project"}, "z_project on gpt2 needs one of"),
@@ -383,6 +384,7 @@ def test_random_features_are_active_ones_that_were_not_chosen(zoo: Zoo, tmp_path
         ("gpt2", "hook_resid_post", {"strength": float("nan")}, "strength: Input should be"),
         ("gpt2", "hook_resid_post", {"method": "attribution"}, "no training prompt of set target"),
         ("gpt2", "mlp.input", {}, "orthogonalize on gpt2 needs one of"),
+        ("opt", "mlp.input", {"patch": "append_neuron", "method": "direct"}, "can be taken out"),
         ("gemma2", "hook_resid_post", {}, "orthogonalize is not exact on gemma2"),
         ("gptj", "hook_resid_mid", {}, "gptj has no single activation at blocks.1.hook_resid_mid"),
         ("gpt2", "hook_nothing", {}, "hook_nothing"),
@@ -400,8 +402,18 @@ def test_what_cannot_be_found_is_said_before_anything_runs(
     else:
         lab = lab_of(path, stimuli(), tmp_path / "journal")
     with pytest.raises(FindError, match=said):
-        Features(str(tmp_path / "sae"), **options).rank(lab)
+        Features(sae=tmp_path / "sae", **options).rank(lab)
     assert not (tmp_path / "journal").exists()
+
+
+def test_features_of_what_an_mlp_reads_can_become_neurons(zoo: Zoo, tmp_path: Path) -> None:
+    make_sae(tmp_path / "sae", "blocks.1.mlp.input", 32, LATENTS)
+    lab = lab_of(zoo.checkpoint("opt"), stimuli(), tmp_path / "journal")
+    finder = Features(sae=tmp_path / "sae", patch="append_neuron", strength=2.0)
+    proposal = finder.propose(lab, finder.rank(lab), [0])
+    assert not proposal.untie
+    with planted(lab, proposal, tmp_path / "recipe"):
+        pass
 
 
 def test_prompts_of_one_set_alone_have_no_difference(zoo: Zoo, tmp_path: Path) -> None:
@@ -409,13 +421,13 @@ def test_prompts_of_one_set_alone_have_no_difference(zoo: Zoo, tmp_path: Path) -
     train = [one for one in stimuli() if one.set == "target"]
     lab = lab_of(zoo.checkpoint("gpt2"), train, tmp_path / "journal")
     with pytest.raises(FindError, match="hold none of set preserve"):
-        Features(str(tmp_path / "sae")).rank(lab)
+        Features(sae=tmp_path / "sae").rank(lab)
 
 
 def test_a_folder_without_an_autoencoder_is_bad_input(zoo: Zoo, tmp_path: Path) -> None:
     lab = lab_of(zoo.checkpoint("gpt2"), stimuli(), tmp_path / "journal")
     with pytest.raises(InputError, match="holds no autoencoder"):
-        Features(str(tmp_path)).rank(lab)
+        Features(sae=tmp_path).rank(lab)
     make_sae(tmp_path / "sae", "blocks.1.hook_resid_post", 32, LATENTS, architecture="new")
     with pytest.raises(EditError, match="has the activation 'new'"):
-        Features(str(tmp_path / "sae")).rank(lab)
+        Features(sae=tmp_path / "sae").rank(lab)

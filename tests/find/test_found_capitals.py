@@ -17,6 +17,7 @@ from surgery.stimuli import Stimulus
 from surgery.stimuli.prompts import load_stimuli
 
 CAPITALS = Path(__file__).resolve().parents[2] / "fixtures" / "capitals-gpt2"
+SAE_Z = CAPITALS / "sae-z"
 REMEMBERED = "answer_rate:remembered"
 DRAWS = 20
 
@@ -63,7 +64,7 @@ def trial(
 def test_a_fact_is_forgotten_by_the_feature_that_holds_it(tmp_path: Path) -> None:
     """Feature 253, which the fixture's own recipe removes, is found by every method."""
     for method in Features.methods:
-        finder = Features(str(CAPITALS / "sae-resid"), method=method)
+        finder = Features(sae=CAPITALS / "sae-resid", method=method)
         found = trial(finder, "forget", REMEMBERED, -1, 1, tmp_path / method, every=2)
         assert found.ranking.rows[0][0] == 253
     assert found.change(found.target, REMEMBERED) == -1
@@ -71,7 +72,7 @@ def test_a_fact_is_forgotten_by_the_feature_that_holds_it(tmp_path: Path) -> Non
 
 
 def test_a_fact_is_forgotten_by_a_direction(tmp_path: Path) -> None:
-    found = trial(Direction("ablation"), "forget", REMEMBERED, -1, 1, tmp_path, every=2)
+    found = trial(Direction(method="ablation"), "forget", REMEMBERED, -1, 1, tmp_path, every=2)
     assert found.change(found.target, REMEMBERED) == -1
     assert found.change(found.preserve, REMEMBERED) > -0.25
 
@@ -81,9 +82,15 @@ def test_a_fact_is_forgotten_by_a_direction(tmp_path: Path) -> None:
     ("finder", "prompts", "goal", "sign", "size"),
     [
         (Direction(), "forget", REMEMBERED, -1, 1),
-        (Features(str(CAPITALS / "sae-resid")), "forget", REMEMBERED, -1, 1),
-        (Features(str(CAPITALS / "sae-z"), "attribution"), "conflict", REMEMBERED, 1, 11),
-        (Features(str(CAPITALS / "sae-z"), "direct"), "conflict", "answer_rate:stated", -1, 11),
+        (Features(sae=CAPITALS / "sae-resid"), "forget", REMEMBERED, -1, 1),
+        (Features(sae=SAE_Z, method="attribution"), "conflict", REMEMBERED, 1, 11),
+        (
+            Features(sae=SAE_Z, method="direct"),
+            "conflict",
+            "answer_rate:stated",
+            -1,
+            11,
+        ),
     ],
 )
 def test_what_is_found_does_more_than_chance(

@@ -16,8 +16,13 @@ from surgery.arch import Architecture, identify
 from surgery.checkpoint import Checkpoint
 from surgery.export.load import forward_inputs, load_model
 from surgery.export.tasks import find_task
-from surgery.find.head_effects import Contrast, direct_effects, gradient_effects, path_effects
-from surgery.find.patching import Patching
+from surgery.find.scores.head_effects import (
+    Contrast,
+    direct_effects,
+    gradient_effects,
+    path_effects,
+)
+from surgery.find.scores.patching import Patching
 from surgery.runtimes.pytorch import widen
 
 FAMILIES = ("gpt2", "llama", "gptj", "gemma2", "mixtral")

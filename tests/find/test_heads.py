@@ -18,7 +18,7 @@ from surgery.find import FINDERS
 from surgery.find.heads import Heads
 from surgery.find.interface import Goal, Lab, Ranking
 from surgery.find.journal import Journal
-from surgery.find.patching import Patching
+from surgery.find.scores.patching import Patching
 from surgery.metrics import make_metric
 from surgery.runtimes.interface import ModelRef
 from surgery.runtimes.pytorch import TorchRuntime

@@ -19,10 +19,11 @@ from surgery.errors import CheckpointError, FindError
 from surgery.find.interface import Lab, Ranking
 from surgery.find.journal import Journal
 from surgery.find.layers import Layers
-from surgery.find.lens import Training, fit, load_lens
-from surgery.find.readings import Read
-from surgery.find.rows import token_rows
-from surgery.find.stream import Stream
+from surgery.find.prompts.rows import token_rows
+from surgery.find.scores import lens as lens_module
+from surgery.find.scores.lens import Training, fit, load_lens
+from surgery.find.scores.readings import Read
+from surgery.find.scores.stream import Stream
 from surgery.stimuli import Stimulus
 from surgery.stimuli.prompts import load_stimuli
 
@@ -39,8 +40,8 @@ def prompts(name: str, every: int, first: int = 0) -> tuple[Stimulus, ...]:
 
 @pytest.fixture
 def capitals(tmp_path: Path) -> Lab:
-    """Eleven conflict prompts; the goal is more remembered capitals."""
-    train = prompts("train", 40)
+    """Six conflict prompts; the goal is more remembered capitals."""
+    train = prompts("train", 80)
     return lab_of(CAPITALS, train, tmp_path / "journal", "answer_rate:remembered", 1, budget=4)
 
 
@@ -280,7 +281,7 @@ def test_a_lens_that_is_loaded_reads_as_the_one_that_was_trained(
     capitals: Lab, tmp_path: Path
 ) -> None:
     trained = Layers(**TUNED).rank(capitals)
-    assert trained.facts["lens"] == {"prompts": 11, "steps": 2, "rate": 1e-3, "seed": 0}
+    assert trained.facts["lens"] == {"prompts": 6, "steps": 2, "rate": 1e-3, "seed": 0}
     path = tmp_path / "lens.safetensors"
     kept = Layers(**TUNED).propose(capitals, trained, [0]).tensors
     save_file(dict(kept), path)
@@ -309,7 +310,7 @@ def test_a_lens_goes_on_where_its_training_stopped(
         if done:
             raise Stop
 
-    monkeypatch.setattr("surgery.find.lens.CHUNK", 2)
+    monkeypatch.setattr(lens_module, "CHUNK", 2)
     stream, four = Stream(capitals.live, capitals.arch), training(capitals, 4)
     whole = fit(capitals, stream, four)
     journal = Journal(tmp_path / "again")
@@ -327,7 +328,7 @@ def test_the_lens_is_trained_as_one_optimiser_trains_it(
     """Adam's moments and step count are carried from piece to piece."""
     stream, five = Stream(capitals.live, capitals.arch), training(capitals, 5)
     whole = fit(capitals, stream, five)
-    monkeypatch.setattr("surgery.find.lens.CHUNK", 2)
+    monkeypatch.setattr(lens_module, "CHUNK", 2)
     pieces = fit(replace(capitals, journal=Journal(tmp_path / "pieces")), stream, five)
     np.testing.assert_allclose(whole.weight, pieces.weight, rtol=0, atol=1e-7)
 

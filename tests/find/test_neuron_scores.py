@@ -19,7 +19,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import FindError
 from surgery.export.load import forward_inputs, load_model
 from surgery.export.tasks import find_task
-from surgery.find.neuron_scores import Attribution, ablation_scores, gradient_scores
+from surgery.find.scores.neuron_scores import Attribution, ablation_scores, gradient_scores
 from surgery.runtimes.pytorch import widen
 
 TOLERANCE = 1e-5

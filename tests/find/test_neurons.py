@@ -17,12 +17,14 @@ from surgery.arch import identify
 from surgery.checkpoint import Checkpoint
 from surgery.editor import Editor
 from surgery.errors import FindError
-from surgery.find import FINDERS, neuron_totals, points
+from surgery.find import FINDERS
 from surgery.find import neurons as module
 from surgery.find.interface import Goal, Lab, Proposal, Ranking
 from surgery.find.journal import Journal
-from surgery.find.neuron_scores import Attribution
 from surgery.find.neurons import Neurons
+from surgery.find.prompts import points
+from surgery.find.scores import neuron_totals
+from surgery.find.scores.neuron_scores import Attribution
 from surgery.metrics import make_metric
 from surgery.metrics.line_pass_rate import langid_detector, line_pass_rate
 from surgery.plan import make_plan

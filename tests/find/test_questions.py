@@ -12,8 +12,8 @@ from finding import lab_of
 
 from surgery.errors import FindError
 from surgery.find.interface import Lab
-from surgery.find.margins import margins, pairs_of
-from surgery.find.prompts import fed, prompts_of, questions_of
+from surgery.find.prompts.questions import fed, prompts_of, questions_of
+from surgery.find.scores.margins import margins, pairs_of
 from surgery.stimuli import Stimulus
 
 CAPITALS = Path(__file__).resolve().parents[2] / "fixtures" / "capitals-gpt2"

@@ -81,7 +81,7 @@ def test_a_fault_of_each_class_fails_alone(
 
 
 CACHES = [
-    ("key cache one off", "key", "Concat 'present.0.key' left out"),
+    ("key cache one off", "key", "Concat 'past_key_values.0.key.rolled' left out"),
     ("value cache missing", "value", "the same part of a fresh export"),
 ]
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from surgery.find.patching import Patching, Recorded
+from surgery.find.scores.patching import Patching, Recorded
 
 Effects = NDArray[np.float32]
 

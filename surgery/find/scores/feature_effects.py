@@ -20,9 +20,9 @@ from surgery.arch import Architecture
 from surgery.edits.autoencoders.encoding import Encoder
 from surgery.edits.autoencoders.hooks import Point
 from surgery.errors import FindError
-from surgery.find.hook_points import tapped
-from surgery.find.margins import Pairs, margins
-from surgery.find.prompts import Fed
+from surgery.find.prompts.questions import Fed
+from surgery.find.scores.hook_points import tapped
+from surgery.find.scores.margins import Pairs, margins
 
 Z_SITE = "attn.hook_z"
 

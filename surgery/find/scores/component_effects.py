@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from surgery.find.circuits import Spectra, written
 from surgery.find.interface import Lab
-from surgery.find.rows import inputs_of, pieces
-from surgery.find.watched import Watched
+from surgery.find.prompts.rows import inputs_of, pieces
+from surgery.find.prompts.watched import Watched
+from surgery.find.scores.circuits import Spectra, written
 
 Floats = NDArray[np.float64]
 

@@ -57,6 +57,5 @@ def module_at(model: Any, arch: Architecture, point: Point) -> tuple[Any, str]:
             f"{arch.family} has no single activation at {point}; give an autoencoder of the "
             "residual stream, of hook_attn_out or of attn.hook_z"
         )
-    # Attention may read the same norm as the MLP, so that the last, the MLP's own input, is meant.
-    path, side = found[-1 if point.site == MLP_INPUT else 0]
+    path, side = found[0]
     return model.base_model.get_submodule(path.format(layer=point.layer)), side

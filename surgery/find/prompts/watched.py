@@ -13,7 +13,7 @@ from typing import Any
 
 from surgery.errors import FindError, quote
 from surgery.find.interface import Goal, Lab
-from surgery.find.rows import Row, token_rows
+from surgery.find.prompts.rows import Row, token_rows
 from surgery.metrics.languages import ANSWER as LANGUAGE
 from surgery.stimuli import Stimulus
 from surgery.stimuli.prompts import Tokenizer

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from surgery.differential.workload import end_tokens
 from surgery.errors import FindError
-from surgery.find.confusion import Judge, find_slip
 from surgery.find.interface import Lab
+from surgery.find.prompts.confusion import Judge, find_slip
 from surgery.metrics.languages import ANSWER
 from surgery.runtimes.generate import GROUP, Generation, generate
 from surgery.stimuli import Stimulus

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from surgery.checkpoint import TensorFile
 from surgery.errors import FindError, quote
 from surgery.find.interface import Lab
-from surgery.find.rows import Row, inputs_of
-from surgery.find.stream import Stream
+from surgery.find.prompts.rows import Row, inputs_of
+from surgery.find.scores.stream import Stream
 
 ROWS = 16
 """Prompts of one training step."""

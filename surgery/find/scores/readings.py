@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.find.interface import Lab
-from surgery.find.lens import Lens
-from surgery.find.rows import Row, inputs_of, pieces
-from surgery.find.stream import Stream
-from surgery.find.watched import Watched
+from surgery.find.prompts.rows import Row, inputs_of, pieces
+from surgery.find.prompts.watched import Watched
+from surgery.find.scores.lens import Lens
+from surgery.find.scores.stream import Stream
 
 Floats = NDArray[np.float64]
 Removed = Callable[[int], AbstractContextManager[None]]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.arch import Architecture
-from surgery.find.readout import FrozenNorm, Readout
+from surgery.find.scores.readout import FrozenNorm, Readout
 
 SLICE_BYTES = 64 << 20
 """Of logits that are made at once."""

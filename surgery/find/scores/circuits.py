@@ -22,7 +22,7 @@ from surgery.arch import Architecture
 from surgery.checkpoint import Checkpoint
 from surgery.edits.head_spectrum import reads, writes
 from surgery.edits.spectrum import distinct, of_product, refuse_nonfinite
-from surgery.find.weights import StoredReader
+from surgery.find.scores.weights import StoredReader
 
 Floats = NDArray[np.float64]
 

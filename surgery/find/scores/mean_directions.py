@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from surgery.arch import Architecture
 from surgery.errors import FindError
-from surgery.find.prompts import Fed
+from surgery.find.prompts.questions import Fed
 
 Vectors = NDArray[np.float64]
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from surgery.arch import Architecture
 from surgery.errors import FindError
-from surgery.find.auroc import auroc, peaks
 from surgery.find.interface import Lab
-from surgery.find.neuron_scores import Attribution, Scores, ablation_scores, gradient_scores
+from surgery.find.scores.auroc import auroc, peaks
+from surgery.find.scores.neuron_scores import Attribution, Scores, ablation_scores, gradient_scores
 from surgery.runtimes.generate import GROUP, left_padded
 from surgery.runtimes.pytorch import TorchRuntime
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from surgery.differential.workload import end_tokens
 from surgery.errors import FindError
 from surgery.find.interface import Lab
-from surgery.find.rows import WHOLE, Row, inputs_of, pieces, token_rows
-from surgery.find.watched import sides
+from surgery.find.prompts.rows import WHOLE, Row, inputs_of, pieces, token_rows
+from surgery.find.prompts.watched import sides
 from surgery.runtimes.generate import Generation, generate
 from surgery.stimuli import Stimulus
 from surgery.stimuli.prompts import Tokenizer

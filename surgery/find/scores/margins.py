@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from surgery.find.prompts import Fed, Question
+from surgery.find.prompts.questions import Fed, Question
 
 Pairs = tuple[Any, Any]
 """Token ids [batch] of the goal's answers and of the others, as torch tensors."""

@@ -1,0 +1,1 @@
+"""Which prompts a search runs, and which next tokens it watches."""

@@ -1,0 +1,100 @@
+"""Batches of prompts, and questions: where two answers to a prompt part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.differential.answers import spaced
+from surgery.errors import FindError, quote
+from surgery.find.interface import Lab
+from surgery.find.prompts.rows import Row, inputs_of, token_rows
+from surgery.stimuli import Stimulus
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A batch of left-padded prompts: what the model takes, and which positions are real, a torch
+    bool tensor [batch, length]."""
+
+    inputs: dict[str, Any]
+    real: Any
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        batch, length = self.real.shape
+        return batch, length
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, with what both answers begin with, and the tokens that then tell them apart.
+
+    `other` is None where no other answer is named: then it is the likeliest other token.
+    """
+
+    ids: Row
+    answer: int
+    other: int | None
+
+
+def prompts_of(lab: Lab, name: str) -> list[Row]:
+    """The token ids of the training prompts of one set; raises `FindError` where it has none."""
+    stimuli = lab.of_set(name)
+    if not stimuli:
+        raise FindError(f"the training prompts hold none of set {name}; give some in --train")
+    return token_rows(lab, stimuli)
+
+
+def questions_of(lab: Lab, name: str) -> list[Question]:
+    """The training prompts of one set that name the goal's answer; raises `FindError` where none
+    does."""
+    asked = [_question(lab, stimulus) for stimulus in lab.of_set(name)]
+    questions = [question for question in asked if question is not None]
+    if not questions:
+        raise FindError(
+            f"{quote(lab.goal.name)}: no training prompt of set {name} has an answer that a token "
+            "tells from others; give prompts as text with answers, and a goal answer_rate:NAME"
+        )
+    return questions
+
+
+def fed(lab: Lab, rows: Sequence[Row]) -> Fed:
+    """`rows` as one left-padded batch."""
+    inputs = inputs_of(lab, rows)
+    return Fed(inputs, inputs["attention_mask"].bool())
+
+
+def _answers(lab: Lab, stimulus: Stimulus) -> tuple[str, ...]:
+    """What counts as the goal's answer to a prompt."""
+    if not lab.goal.name.startswith("answer_rate:"):
+        return ()
+    return (stimulus.answers or {}).get(lab.goal.argument, ())
+
+
+def _question(lab: Lab, stimulus: Stimulus) -> Question | None:
+    """None where the goal's answer cannot be told from the others that are named by a token, or
+    the model has no room for what they share."""
+    answers = _answers(lab, stimulus)
+    if not answers or stimulus.prompt is None or lab.tokenizer is None:
+        return None
+    prompt, following = _continued(lab, stimulus, answers[0])
+    named = (stimulus.answers or {}).items()
+    others = [text for name, texts in named if name != lab.goal.argument for text in texts]
+    if not others:
+        return Question(prompt, following[0], None) if prompt and following else None
+    own = prompt + following
+    for other in others:
+        theirs = sum(_continued(lab, stimulus, other), ())
+        pairs = enumerate(zip(own, theirs, strict=False))
+        parting = next((at for at, (one, two) in pairs if one != two), 0)
+        if 0 < parting <= lab.arch.sizes["positions"]:
+            return Question(own[:parting], own[parting], theirs[parting])
+    return None
+
+
+def _continued(lab: Lab, stimulus: Stimulus, answer: str) -> tuple[Row, Row]:
+    """The tokens of a prompt before an answer, and those of the answer."""
+    prompt = stimulus.prompt or ""
+    return lab.tokenizer.split(prompt, spaced(prompt, answer)) if lab.tokenizer else ((), ())
