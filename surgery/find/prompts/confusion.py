@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from surgery.errors import FindError
 from surgery.metrics.line_pass_rate import (
@@ -31,6 +32,9 @@ ENGLISH, CHINESE = "en", "zh"
 SURE = 0.5
 """The detector's probability of a language above which a token is of it."""
 
+_detector = lru_cache(maxsize=8)(langid_detector)
+"""Of the same languages the same: loading one takes a second."""
+
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -40,7 +44,7 @@ class Judge:
     def __init__(self, languages: Iterable[str]) -> None:
         self.languages = tuple(sorted({ENGLISH, *languages}))
         try:
-            self._detect = langid_detector(self.languages)
+            self._detect = _detector(self.languages)
         except ValueError as error:
             raise FindError(f"languages {', '.join(self.languages)}: {error}") from None
 

@@ -150,19 +150,20 @@ def ablation_scores(
 ) -> Scores:
     """How much log p(w*) falls when a neuron is zero at every position: the whole model runs.
 
-    `inputs` are of one prompt, `neurons` those to measure of each layer, of which at most `budget`
-    run at a time; of others the score is 0. [L, N].
+    `inputs` are of one prompt, `neurons` those to measure of each layer; of others the score is 0.
+    As many run at a time as have `budget` positions together. [L, N].
     """
     import torch
 
+    size = max(1, budget // inputs["input_ids"].shape[1])
     found = np.zeros((arch.layers, arch.sizes["mlp_width"]), np.float32)
     with torch.no_grad():
         logits = last_logits(model, inputs)
         choice = logits.argmax(-1)
         whole = float(log_probability(logits, choice))
         for layer, listed in neurons.items():
-            for start in range(0, len(listed), budget):
-                part = list(listed[start : start + budget])
+            for start in range(0, len(listed), size):
+                part = list(listed[start : start + size])
                 rows = {name: value.expand(len(part), -1) for name, value in inputs.items()}
                 with _zeroed(arch.module(model, "down_proj", layer), part):
                     logp = log_probability(last_logits(model, rows), choice.expand(len(part)))
