@@ -60,8 +60,8 @@ CONFLICT = (("train",), ("target", "preserve"))
 FORGET = (("forget-train",), ("forget-holdout",))
 
 STOPS = (
-    Stop("memory", "heads", CAPITALS, *CONFLICT, ("--raise", MEMORY), "remember"),
-    Stop("context", "heads", CAPITALS, *CONFLICT, ("--raise", CONTEXT), "state"),
+    Stop("memory", "heads", CAPITALS, *CONFLICT, ("--raise", MEMORY), "memory"),
+    Stop("context", "heads", CAPITALS, *CONFLICT, ("--raise", CONTEXT), "context"),
     Stop(
         "language",
         "neurons",
@@ -76,7 +76,7 @@ STOPS = (
         CAPITALS,
         *FORGET,
         ("--sae", f"{CAPITALS}/sae-resid", "--lower", MEMORY, "--top", "1"),
-        "sae-resid",
+        "forget",
     ),
     Stop(
         "lm-head",
@@ -95,7 +95,7 @@ STOPS = (
         ("--on", "head", "--method", "effect", "--raise", MEMORY, "--top", "5"),
         "sae-z",
     ),
-    Stop("direction", "direction", CAPITALS, *FORGET, ("--lower", MEMORY), "sae-resid"),
+    Stop("direction", "direction", CAPITALS, *FORGET, ("--lower", MEMORY, "--top", "1"), "forget"),
 )
 
 HEADERS = ("search", "kind", "chosen", "metric", "held out", "95 % interval", "random mean")

@@ -156,3 +156,27 @@ def test_every_family_has_the_same_boundaries_by_every_exporter(
     zoo: Zoo, model: str, tmp_path: Path
 ) -> None:
     check(zoo, model, tmp_path)
+
+
+def test_a_bias_added_with_an_activation_leaves_no_output_of_the_module() -> None:
+    """What `BiasGelu` gives is the activation's; PyTorch's projection gives what comes before."""
+    roles = {"w": Role("up_proj", 0, "weight"), "b": Role("up_proj", 0, "bias")}
+    weights = "float[4, 4] w, float[4] b"
+    plain = graph(weights, "m = MatMul(x, w) y = Add(m, b)")
+    fused = graph(weights, "m = MatMul(x, w) y = com.microsoft.BiasGelu(m, b)")
+    arch = facts(up_proj="linear")
+    assert sites(plain, roles, arch) == {"up_proj.0": "y"}
+    assert sites(fused, roles, arch) == {}
+
+
+@pytest.mark.parametrize(("kind", "value"), [("BFLOAT16", "wide"), ("FLOAT", "rows")])
+def test_rows_of_a_narrow_table_are_seen_in_the_type_that_is_computed_in(
+    kind: str, value: str
+) -> None:
+    """ONNX Runtime gives no bfloat16 to Python; a cast of another table may be the fault itself."""
+    nodes = "ids = Cast <to = 7> (x) rows = Gather(t, ids) wide = Cast <to = 1> (rows)"
+    found = graph("float[4, 4] unused", f"{nodes} y = Relu(wide)")
+    dtype = onnx.TensorProto.DataType.Value(kind)
+    found.initializer.append(onnx.helper.make_tensor("t", dtype, [4, 4], [0.0] * 16))
+    owners = {"t": Role("embed", None, "weight")}
+    assert sites(found, owners, facts(embed="embedding")) == {"embed": value}
