@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from surgery.differential.measures import Measure
 from surgery.errors import StimuliError, quote
-from surgery.metrics.line_pass_rate import is_unspaced
 from surgery.runtimes.forced import Continuation
 from surgery.stimuli import Stimulus
+from surgery.stimuli.answers import joined, spaced
 from surgery.stimuli.prompts import Tokenizer
 
 
@@ -57,7 +57,7 @@ def _tokens(
     if stimulus.prompt is None:
         found = Continuation(tokens[stimulus.id], tokenizer.encode_alone(spaced("", answer)))
     else:
-        found = Continuation(*tokenizer.split(stimulus.prompt, spaced(stimulus.prompt, answer)))
+        found = Continuation(*joined(tokenizer, stimulus.prompt, answer))
     length = len(found.prompt) + len(found.following)
     where = f"stimulus {quote(stimulus.id)}, answer {quote(answer)}"
     if not (found.prompt and found.following):
@@ -67,13 +67,6 @@ def _tokens(
             f"{where}: has {length} tokens with its prompt; this model takes {positions}"
         )
     return found
-
-
-def spaced(prompt: str, answer: str) -> str:
-    """The answer as it follows the prompt: after a space, unless there is one or its script has
-    none between words."""
-    there = prompt[-1:].isspace() or answer[:1].isspace() or is_unspaced(answer[0])
-    return answer if there else f" {answer}"
 
 
 def logprobs_of(

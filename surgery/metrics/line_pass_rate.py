@@ -17,12 +17,13 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cache
 
+from surgery.stimuli.scripts import is_unspaced
+
 DETECTOR = "py3langid, normalised probabilities"
 UNKNOWN = "unknown"
 """The language of a line the detector is not sure of; never an accepted one."""
 MIN_CONFIDENCE = 0.3
 MIN_TOKENS = 5
-_UNSPACED = ("CJK ", "HIRAGANA ", "KATAKANA ", "THAI ", "LAO ", "KHMER ", "MYANMAR ")
 
 Detector = Callable[[str], tuple[str, float]]
 """A line of text to (language code, probability)."""
@@ -55,11 +56,6 @@ def count_tokens(line: str) -> int:
 def words_of_line(line: str) -> list[str]:
     """The words of a line that are not of a script without spaces."""
     return "".join(" " if is_unspaced(character) else character for character in line).split()
-
-
-def is_unspaced(character: str) -> bool:
-    """Whether a character is of a script that is written without spaces between words."""
-    return unicodedata.name(character, "").startswith(_UNSPACED)
 
 
 def counted_lines(

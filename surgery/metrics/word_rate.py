@@ -9,9 +9,9 @@ from typing import ClassVar
 
 from surgery.errors import PolicyError, quote
 from surgery.metrics.interface import Metric, Needs, Observed, mean
-from surgery.metrics.line_pass_rate import is_unspaced
 from surgery.metrics.word_list import WordLists, parts
 from surgery.stimuli import Stimulus
+from surgery.stimuli.scripts import is_unspaced
 
 RESPONSE_TOKENS = 32
 

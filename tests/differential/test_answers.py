@@ -10,7 +10,7 @@ import pytest
 from surgery.arch import identify
 from surgery.checkpoint import Checkpoint
 from surgery.differential import make_workload
-from surgery.differential.answers import forced_answers, logprobs_of, spaced
+from surgery.differential.answers import forced_answers, logprobs_of
 from surgery.differential.measures import Measure, responders_of
 from surgery.differential.rounds import needed, only
 from surgery.differential.workload import Workload
@@ -27,23 +27,6 @@ PROMPT = "Q: What is the capital of Peru? A:"
 RULE = TargetRule(metric="answer_logprob:right", min_change=0.0)
 POLICY = Policy(schema=1, target=(RULE,))
 MEASURES = (Measure(RULE.metric, "target", make_metric(RULE.metric)),)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "answer", "following"),
-    [
-        ("A:", "Lima", " Lima"),
-        ("A: ", "Lima", "Lima"),
-        ("A:\n", "Lima", "Lima"),
-        ("A:", " Lima", " Lima"),
-        ("首都是", "东京", "东京"),
-        ("", "Lima", " Lima"),
-    ],
-)
-def test_an_answer_follows_after_a_space_where_its_script_has_any(
-    prompt: str, answer: str, following: str
-) -> None:
-    assert spaced(prompt, answer) == following
 
 
 def stimulus(name: str = "a", **given: object) -> Stimulus:

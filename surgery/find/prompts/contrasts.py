@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from surgery.errors import FindError, describe, quote
 from surgery.find.interface import Goal
 from surgery.stimuli import Stimulus
+from surgery.stimuli.answers import following
 from surgery.stimuli.prompts import Tokenizer, tokens_of
 
 NO_ANSWERS = "lacks one of the two answers"
@@ -19,9 +19,6 @@ NO_TEXT = "has token ids in place of a prompt"
 NO_JOINT = "its tokens change when an answer follows"
 SAME_TOKEN = "its two answers begin with the same token"
 NO_PARTNER = "no other prompt of its length has other answers"
-
-UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
-"""How Unicode names the letters of scripts that put no space between words."""
 
 
 @dataclass(frozen=True)
@@ -192,32 +189,17 @@ def _given(one: _Asked, tokenizer: Tokenizer, vocab: int) -> tuple[int, ...]:
 def _watched(one: _Asked, names: Names, tokenizer: Tokenizer, vocab: int) -> tuple[int, int] | str:
     """The first token of each answer's first string, or why they cannot be told apart."""
     answers = one.stimulus.answers or {}
-    first = [
-        next(_continued(one, answers[name][0], tokenizer), None)
-        for name in (names.raised, names.rival)
-    ]
-    if first[0] is None or first[1] is None:
+    prompt = one.stimulus.prompt or ""
+    raised = following(tokenizer, prompt, answers[names.raised][0])
+    rival = following(tokenizer, prompt, answers[names.rival][0])
+    if raised is None or rival is None:
         return NO_JOINT
+    first = raised[0], rival[0]
     if first[0] == first[1]:
         return SAME_TOKEN
-    if max(first[0], first[1]) >= vocab:
+    if max(first) >= vocab:
         raise FindError(
             f"stimulus {quote(one.stimulus.id)}: an answer begins with token id "
-            f"{max(first[0], first[1])}; this model takes 0 to {vocab - 1}"
+            f"{max(first)}; this model takes 0 to {vocab - 1}"
         )
-    return first[0], first[1]
-
-
-def _continued(one: _Asked, answer: str, tokenizer: Tokenizer) -> Iterator[int]:
-    """The tokens that an answer adds to those of the prompt; none where it changes these."""
-    prompt = one.stimulus.prompt or ""
-    ids = tokenizer.encode(f"{prompt}{_space(prompt, answer)}{answer}")
-    if ids[: len(one.ids)] == one.ids:
-        yield from ids[len(one.ids) :]
-
-
-def _space(prompt: str, answer: str) -> str:
-    """What comes between the two where neither brings its own space."""
-    spaced = prompt[-1:].isspace() or answer[:1].isspace()
-    script = unicodedata.name(answer[0], "")
-    return "" if spaced or script.startswith(UNSPACED) else " "
+    return first

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.differential.answers import spaced
 from surgery.errors import FindError, quote
 from surgery.find.interface import Lab
 from surgery.find.prompts.rows import Row, inputs_of, token_rows
 from surgery.stimuli import Stimulus
+from surgery.stimuli.answers import following
 
 
 @dataclass(frozen=True)
@@ -79,22 +79,18 @@ def _question(lab: Lab, stimulus: Stimulus) -> Question | None:
     answers = _answers(lab, stimulus)
     if not answers or stimulus.prompt is None or lab.tokenizer is None:
         return None
-    prompt, following = _continued(lab, stimulus, answers[0])
+    prompt = lab.tokenizer.encode(stimulus.prompt)
+    own = following(lab.tokenizer, stimulus.prompt, answers[0])
+    if own is None or not prompt:
+        return None
     named = (stimulus.answers or {}).items()
     others = [text for name, texts in named if name != lab.goal.argument for text in texts]
     if not others:
-        return Question(prompt, following[0], None) if prompt and following else None
-    own = prompt + following
+        return Question(prompt, own[0], None)
     for other in others:
-        theirs = sum(_continued(lab, stimulus, other), ())
+        theirs = following(lab.tokenizer, stimulus.prompt, other) or ()
         pairs = enumerate(zip(own, theirs, strict=False))
-        parting = next((at for at, (one, two) in pairs if one != two), 0)
-        if 0 < parting <= lab.arch.sizes["positions"]:
-            return Question(own[:parting], own[parting], theirs[parting])
+        parting = next((at for at, (one, two) in pairs if one != two), None)
+        if parting is not None and len(prompt) + parting <= lab.arch.sizes["positions"]:
+            return Question(prompt + own[:parting], own[parting], theirs[parting])
     return None
-
-
-def _continued(lab: Lab, stimulus: Stimulus, answer: str) -> tuple[Row, Row]:
-    """The tokens of a prompt before an answer, and those of the answer."""
-    prompt = stimulus.prompt or ""
-    return lab.tokenizer.split(prompt, spaced(prompt, answer)) if lab.tokenizer else ((), ())

@@ -16,6 +16,7 @@ from surgery.find.interface import Goal, Lab
 from surgery.find.prompts.rows import Row, token_rows
 from surgery.metrics.languages import ANSWER as LANGUAGE
 from surgery.stimuli import Stimulus
+from surgery.stimuli.answers import following
 from surgery.stimuli.prompts import Tokenizer
 
 
@@ -99,8 +100,8 @@ def watch(lab: Lab, bad: str | None) -> Watched:
     found = sides(lab.goal, stimuli, bad)
     kept = []
     for stimulus, row, side in zip(stimuli, token_rows(lab, stimuli), found, strict=True):
-        wanted = _opening(lab.tokenizer, stimulus, row, side.wanted)
-        unwanted = _opening(lab.tokenizer, stimulus, row, side.unwanted)
+        wanted = _opening(lab.tokenizer, stimulus, side.wanted)
+        unwanted = _opening(lab.tokenizer, stimulus, side.unwanted)
         if (wanted or unwanted) and not set(wanted) & set(unwanted):
             kept.append((row, wanted, unwanted))
     if not kept:
@@ -109,21 +110,12 @@ def watch(lab: Lab, bad: str | None) -> Watched:
     return Watched(rows, wanted_, unwanted_, len(stimuli) - len(kept))
 
 
-def _opening(
-    tokenizer: Tokenizer | None, stimulus: Stimulus, row: Row, answers: Sequence[str]
-) -> Row:
-    """The tokens that may come first of an answer right after the prompt, with a space between
-    them or none."""
+def _opening(tokenizer: Tokenizer | None, stimulus: Stimulus, answers: Sequence[str]) -> Row:
+    """The tokens that may come first of an answer right after the prompt, but for blank ones."""
     if not answers:
         return ()
     if tokenizer is None or stimulus.prompt is None:
         raise FindError(f"stimulus {quote(stimulus.id)}: answers need a prompt in text")
-    said = [f"{stimulus.prompt}{gap}{answer.strip()}" for answer in answers for gap in ("", " ")]
-    found = [_next(tokenizer.encode(text), row) for text in said]
-    return tuple(dict.fromkeys(t for t in found if t is not None and tokenizer.decode([t]).strip()))
-
-
-def _next(ids: Row, row: Row) -> int | None:
-    """The first of `ids` after those of the prompt; None where the tokenizer joins prompt and
-    answer in one token, which is no way for the model to go on."""
-    return ids[len(row)] if ids[: len(row)] == row and len(ids) > len(row) else None
+    found = [following(tokenizer, stimulus.prompt, answer) for answer in answers]
+    first = dict.fromkeys(tokens[0] for tokens in found if tokens is not None)
+    return tuple(token for token in first if tokenizer.decode([token]).strip())
