@@ -84,7 +84,7 @@ STOPS = (
         POLYGLOT,
         ("english-train",),
         ("english-holdout", "preserve"),
-        ("--on", "lm_head", "--bad", "english", "--absolute", "--raise", LPR, "--top", "10"),
+        ("--on", "lm_head", "--against", "english", "--absolute", "--raise", LPR, "--top", "10"),
         "english",
     ),
     Stop(

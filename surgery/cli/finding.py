@@ -70,8 +70,11 @@ CHOICES = (
 )
 
 
-bad_option = click.option(
-    "--bad", metavar="NAME", help="The answers' name of those unwanted (default: by the goal)."
+against_option = click.option(
+    "--against",
+    metavar="NAME",
+    help="The name of the answers opposed to the goal's (default: all others); where the goal "
+    "names none, of the unwanted ones.",
 )
 
 
@@ -121,7 +124,7 @@ def _with(command: Any, *options: Any) -> Any:
 
 @find.command()
 @shared("path", "direct", "gradient")
-@click.option("--against", metavar="NAME", help="The answers' name of the rival answer.")
+@against_option
 @click.option(
     "--positions",
     type=click.Choice(["last", "all"]),
@@ -198,7 +201,7 @@ def features(**given: Any) -> None:
     help="Components of the output head (eigenshift), or of attention heads (the others).",
 )
 @click.option("--factor", type=float, help="They are multiplied by it (default: 0.1; 0 on head).")
-@bad_option
+@against_option
 @click.option("--absolute", is_flag=True, help="Rank by the size of a shift, not its direction.")
 @click.option("--fold-norm", is_flag=True, help="Spectra with the norm before attention in them.")
 @click.option("--way", type=click.Choice(["q", "k", "v"]), help="How later heads read a component.")
@@ -213,11 +216,13 @@ def components(**given: Any) -> None:
 
 @find.command()
 @shared("separation", "ablation")
-@click.option("--of", default="target", show_default=True, help="The set the direction points to.")
-@click.option("--against", default="preserve", show_default=True, help="The set it comes from.")
+@click.option(
+    "--to-set", default="target", show_default=True, help="The set the direction points to."
+)
+@click.option("--from-set", default="preserve", show_default=True, help="The set it comes from.")
 @position_option("last")
 @click.option(
-    "--orthogonalize", is_flag=True, help="Take out its part along the mean of --against."
+    "--orthogonalize", is_flag=True, help="Take out its part along the mean of --from-set."
 )
 @click.option(
     "--strength", type=float, default=1.0, show_default=True, help="How much is taken out."
@@ -240,7 +245,7 @@ def direction(**given: Any) -> None:
     show_default=True,
     help="What of a layer is taken out.",
 )
-@bad_option
+@against_option
 @click.option(
     "--lens", type=PATH, metavar="FILE", help="Trained translators, in place of training."
 )

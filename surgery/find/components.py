@@ -38,8 +38,8 @@ class Components(Finder):
     """Singular components: of the output head (`on` lm_head; `eigenshift`), or of each attention
     head's W_OV (`on` head; `singular`, `composition`, `effect`).
 
-    factor: what the chosen ones are multiplied by (0.1 on lm_head, 0 on head). bad: which answers
-    of the prompts are unwanted, by default those the goal tells. absolute: rank by |Δ|, not Δ.
+    factor: what the chosen ones are multiplied by (0.1 on lm_head, 0 on head). against: the
+    name of the answers opposed to the goal's, by default all others. absolute: rank by |Δ|, not Δ.
     fold_norm: spectra with the norm before attention in them. way: q, k or v, how later heads read
     a component; by default the strongest that has a meaning.
     """
@@ -51,7 +51,7 @@ class Components(Finder):
     method: str = "eigenshift"
     on: Literal["lm_head", "head"] = "lm_head"
     factor: float | None = None
-    bad: str | None = None
+    against: str | None = None
     absolute: bool = False
     fold_norm: bool = False
     way: Literal["q", "k", "v"] | None = None
@@ -94,7 +94,7 @@ class Components(Finder):
         arch = lab.arch
         head = arch.name(arch.facts.tie.embed if arch.tied else arch.facts.tie.head)
         squares, vectors = spectrum(StoredReader(lab.checkpoint), head, arch.width)
-        found = shift(lab, vectors, self.bad)
+        found = shift(lab, vectors, self.against)
         delta = found.bad - found.good
         score = np.abs(delta) if self.absolute else delta
         columns: dict[str, NDArray[Any]] = {
@@ -121,7 +121,7 @@ class Components(Finder):
         return _ranked(found, {"score": sigma, "share": share}, {"score": "singular value of W_OV"})
 
     def _effect(self, lab: Lab, found: Sequence[Spectra]) -> Ranking:
-        watched = watch(lab, self.bad)
+        watched = watch(lab, self.against)
         effects = removal_effects(lab, watched, found)
         facts = {
             "score": "first-order change of the margin when the component is removed, in nats",

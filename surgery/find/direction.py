@@ -36,9 +36,9 @@ DIRECTIONS = "directions"
 
 @dataclass(frozen=True, kw_only=True)
 class Direction(Finder):
-    """of, against: the sets between whose means the direction lies, `target` and `preserve`.
+    """to_set, from_set: the sets to and from whose means the direction goes, `target`, `preserve`.
     position: the stream is taken at the `last` token of a prompt, or as the `mean` over all.
-    orthogonalize: the direction loses its part along the mean of `against`. strength: how much of
+    orthogonalize: the direction loses its part along the mean of `from_set`. strength: how much of
     it the recipe takes out. approximate: also where norms rescale what is written.
     """
 
@@ -47,8 +47,8 @@ class Direction(Finder):
     sizes: ClassVar[tuple[int, ...]] = (1,)
 
     method: str = "separation"
-    of: str = "target"
-    against: str = "preserve"
+    to_set: str = "target"
+    from_set: str = "preserve"
     position: str = "last"
     orthogonalize: bool = False
     strength: float = 1.0
@@ -59,14 +59,14 @@ class Direction(Finder):
         and, where the target prompts name the goal's answer, the `effect` of the ablation."""
         refuse_encoder(lab, "find direction")
         self._check(lab.arch)
-        prompts = {name: prompts_of(lab, name) for name in (self.of, self.against)}
+        prompts = {name: prompts_of(lab, name) for name in (self.to_set, self.from_set)}
         if min(map(len, prompts.values())) < 2:
-            raise FindError(f"find direction needs two prompts each of {self.of}, {self.against}")
+            raise FindError(f"find direction needs two prompts each of {', '.join(prompts)}")
         first, second = (self._mean(lab, name, rows) for name, rows in prompts.items())
         found = directions(first, second, self.orthogonalize)
         spreads = [self._spread(lab, name, rows, found) for name, rows in prompts.items()]
         apart = separation(*spreads)
-        columns = {"separation": apart, "of": spreads[0].mean, "against": spreads[1].mean}
+        columns = {"separation": apart, "to_set": spreads[0].mean, "from_set": spreads[1].mean}
         effect = self._effects(lab, found)
         if effect is not None:
             columns["effect"] = effect
@@ -106,9 +106,10 @@ class Direction(Finder):
     def _check(self, arch: Architecture) -> None:
         if self.position not in POSITIONS:
             raise FindError(f"position is {self.position!r}; expected {' or '.join(POSITIONS)}")
-        if self.of == self.against or not {self.of, self.against} <= set(SETS):
+        if self.to_set == self.from_set or not {self.to_set, self.from_set} <= set(SETS):
             raise FindError(
-                f"of is {self.of!r} and against {self.against!r}; expected two of {', '.join(SETS)}"
+                f"to_set is {self.to_set!r} and from_set {self.from_set!r}; expected two of "
+                f"{', '.join(SETS)}"
             )
         if not self.approximate:
             try:

@@ -44,8 +44,8 @@ Scores = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Heads(Finder):
-    """`positions`: where `path` exchanges a head's output. `against`: the name of the rival
-    answer, where the prompts have more than one other."""
+    """`positions`: where `path` exchanges a head's output. `against`: the name of the answers
+    opposed to the goal's, where the prompts have more than one other."""
 
     kind: ClassVar[str] = "heads"
     methods: ClassVar[tuple[str, ...]] = ("path", "direct", "gradient")

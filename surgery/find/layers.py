@@ -30,8 +30,8 @@ class Layers(Finder):
     """What each layer does to the goal's answer at the last position: by what the lens reads after
     it less before it (`logit_lens`, `tuned_lens`), or by what is lost without it (`ablation`).
 
-    part: attn, mlp or both, which is what is removed. bad: which answers of the prompts are
-    unwanted, by default those the goal tells. lens: a file of translators to use in place of
+    part: attn, mlp or both, which is what is removed. against: the name of the answers
+    opposed to the goal's, by default all others. lens: a file of translators to use in place of
     training them. steps, rate: of that training.
     """
 
@@ -41,7 +41,7 @@ class Layers(Finder):
 
     method: str = "logit_lens"
     part: Literal["attn", "mlp", "both"] = "both"
-    bad: str | None = None
+    against: str | None = None
     lens: Path | None = None
     steps: int = 200
     rate: float = 1e-3
@@ -49,7 +49,7 @@ class Layers(Finder):
     def rank(self, lab: Lab) -> Ranking:
         refuse_encoder(lab, "find layers")
         self._refuse()
-        watched = watch(lab, self.bad)
+        watched = watch(lab, self.against)
         if self.method == "ablation":
             return self._ablation(lab, watched)
         return self._reading(lab, watched)

@@ -20,7 +20,7 @@ from surgery.errors import EditError, FindError
 from surgery.find import components
 from surgery.find.components import Components
 from surgery.find.interface import Lab
-from surgery.find.prompts.watched import Watched, watch
+from surgery.find.prompts.watched import Sides, Watched, sides, watch
 from surgery.find.scores import head_input
 from surgery.find.scores.circuits import readings, spectra
 from surgery.find.scores.component_effects import removal_effects
@@ -359,7 +359,7 @@ def test_components_without_a_direction_of_their_own_are_no_candidates(
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "method": ({"method": "effect"}, "on lm_head are found by eigenshift; not by effect"),
     "place": ({"on": "head"}, "on head are found by singular, composition, effect; not by eigen"),
-    "answers": ({"bad": "rude"}, "no prompt of set target has answers called 'rude'"),
+    "answers": ({"against": "rude"}, "no prompt of set target has answers called 'rude'"),
 }
 
 
@@ -403,9 +403,24 @@ def test_the_tokens_watched_open_the_answers(capitals: Lab) -> None:
         assert unwanted == tokenizer.encode(answers["stated"][0])[:1]
     turned = watch(replace(capitals, goal=replace(capitals.goal, sign=1)), None)
     assert (turned.wanted, turned.unwanted) == (watched.unwanted, watched.wanted)
-    named = watch(replace(capitals, goal=replace(capitals.goal, sign=1)), "stated")
-    assert named.wanted == tuple(() for _ in watched.rows)
-    assert named.unwanted == watched.unwanted
+
+
+def test_the_answers_opposed_to_the_goal_can_be_named(capitals: Lab) -> None:
+    """Whichever way the goal goes; of a goal that names no answers they are the unwanted ones."""
+    [first, *_] = capitals.of_set("target")
+    answers = {"stated": ("Lima",), "remembered": ("Oslo",), "third": ("Quito",)}
+    stimuli = [replace(first, answers=answers)]
+    lower, rise = capitals.goal, replace(capitals.goal, sign=1)
+    assert sides(lower, stimuli, None) == [Sides(("Oslo", "Quito"), ("Lima",))]
+    assert sides(lower, stimuli, "third") == [Sides(("Quito",), ("Lima",))]
+    assert sides(rise, stimuli, "third") == [Sides(("Lima",), ("Quito",))]
+    for sign in (1, -1):
+        bare = replace(capitals.goal, name="line_pass_rate:en", sign=sign)
+        assert sides(bare, stimuli, "third") == [Sides((), ("Quito",))]
+        with pytest.raises(FindError, match="name it with against"):
+            sides(bare, stimuli, None)
+    with pytest.raises(FindError, match="the answers that the goal is named after"):
+        sides(lower, stimuli, "stated")
 
 
 def test_prompts_whose_answers_open_alike_are_left_out(capitals: Lab, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def literal_direction(first: Any, second: Any, orthogonalize: bool) -> Any:
         {},
         {"position": "mean"},
         {"orthogonalize": True},
-        {"of": "preserve", "against": "target", "position": "mean", "orthogonalize": True},
+        {"to_set": "preserve", "from_set": "target", "position": "mean", "orthogonalize": True},
     ],
 )
 def test_directions_are_those_of_prompts_run_one_by_one(
@@ -84,7 +84,7 @@ def test_directions_are_those_of_prompts_run_one_by_one(
     finder = Direction(**options)
     ranking = finder.rank(lab_of(path, stimuli(), tmp_path / "journal"))
     streams = literal_streams(path, family, finder.position)
-    first, second = streams[finder.of], streams[finder.against]
+    first, second = streams[finder.to_set], streams[finder.from_set]
     for row in ranking.rows:
         layer = int(row[0])
         r = literal_direction(first[:, layer], second[:, layer], finder.orthogonalize)
@@ -94,8 +94,8 @@ def test_directions_are_those_of_prompts_run_one_by_one(
         apart = (np.mean(along[0]) - np.mean(along[1])) / within
         named = dict(zip(ranking.columns, row, strict=True))
         np.testing.assert_allclose(named["separation"], apart, rtol=1e-3)
-        np.testing.assert_allclose(named["of"], np.mean(along[0]), atol=1e-4)
-        np.testing.assert_allclose(named["against"], np.mean(along[1]), atol=1e-4)
+        np.testing.assert_allclose(named["to_set"], np.mean(along[0]), atol=1e-4)
+        np.testing.assert_allclose(named["from_set"], np.mean(along[1]), atol=1e-4)
         assert named["score"] == named["separation"]
     assert ranking.column("score") == sorted(ranking.column("score"), reverse=True)
 
@@ -164,8 +164,12 @@ def test_a_search_goes_on_where_it_stopped(
         ("gemma2", {}, "direction is not exact on gemma2"),
         ("bloom", {}, "direction is not exact on bloom"),
         ("gpt2", {"position": "first"}, "position is 'first'; expected last or mean"),
-        ("gpt2", {"of": "preserve"}, "of is 'preserve' and against 'preserve'; expected two of"),
-        ("gpt2", {"of": "all"}, "expected two of target, preserve, probe"),
+        (
+            "gpt2",
+            {"to_set": "preserve"},
+            "to_set is 'preserve' and from_set 'preserve'; expected two",
+        ),
+        ("gpt2", {"to_set": "all"}, "expected two of target, preserve, probe"),
         ("gpt2", {"method": "ablation"}, "no training prompt of set target has an answer"),
     ],
 )

@@ -64,7 +64,7 @@ def test_components_of_the_head_hold_the_habit_of_english(tmp_path: Path) -> Non
     train = stimuli(POLYGLOT, "english-train")
     metric = "line_pass_rate:en,de,fr,ru,ar"
     lab = lab_of(POLYGLOT, train, tmp_path / "journal", metric, 1, budget=32)
-    finder = Components(bad="english", absolute=True)
+    finder = Components(against="english", absolute=True)
     ranking = finder.rank(lab)
     held = [s for s in stimuli(POLYGLOT, "english-holdout") if s.set == "target"]
     found, random = gains(lab, finder, ranking, 10, held, tmp_path)

@@ -58,22 +58,29 @@ def _opens(logs: Any, tokens: Row) -> Any:
     return logs[list(tokens)].logsumexp(-1) if tokens else logs.new_zeros(())
 
 
-def sides(goal: Goal, stimuli: Iterable[Stimulus], bad: str | None) -> list[Sides]:
-    """The answers of each prompt by the goal: those it is named after, and all others; `bad` names
-    the unwanted ones instead.
+def sides(goal: Goal, stimuli: Iterable[Stimulus], against: str | None) -> list[Sides]:
+    """The answers of each prompt by the goal: those it is named after, and, opposed to them, those
+    called `against`, or all others. Of a goal that names none, `against` are the unwanted ones.
 
-    Raises `FindError` where neither the goal nor `bad` names answers of any prompt.
+    Raises `FindError` where neither names answers of any prompt, or both the same.
     """
     asked = [_spoken(stimulus) for stimulus in stimuli]
     known = sorted({name for answers in asked for name in answers})
-    named = goal.argument if bad is None else bad
+    if against == goal.argument:
+        raise FindError(
+            f"against {quote(against)}: these are the answers that the goal is named after; name "
+            "others, or none"
+        )
+    named = goal.argument if against is None else against
     if named not in known:
         raise FindError(
             f"no prompt of set target has answers called {quote(named)}, by which the tokens to "
             f"watch are known; expected one of {', '.join(map(quote, known)) or 'none'}: name it "
-            "with bad"
+            "with against"
         )
-    return [_sides(goal, answers, bad) for answers in asked]
+    if goal.argument not in known:
+        return [Sides((), answers.get(named, ())) for answers in asked]
+    return [_sides(goal, answers, against) for answers in asked]
 
 
 def _spoken(stimulus: Stimulus) -> dict[str, tuple[str, ...]]:
@@ -81,23 +88,20 @@ def _spoken(stimulus: Stimulus) -> dict[str, tuple[str, ...]]:
     return {name: own for name, own in (stimulus.answers or {}).items() if name != LANGUAGE}
 
 
-def _sides(goal: Goal, answers: dict[str, tuple[str, ...]], bad: str | None) -> Sides:
+def _sides(goal: Goal, answers: dict[str, tuple[str, ...]], against: str | None) -> Sides:
     own = answers.get(goal.argument, ())
-    others = tuple(a for name, said in answers.items() if name != goal.argument for a in said)
-    wanted, unwanted = (own, others) if goal.sign > 0 else (others, own)
-    if bad is not None:
-        unwanted = answers.get(bad, ())
-        wanted = tuple(answer for answer in wanted if answer not in unwanted)
-    return Sides(wanted, unwanted)
+    others = [name for name in answers if name != goal.argument and against in (None, name)]
+    rivals = tuple(answer for name in others for answer in answers[name])
+    return Sides(own, rivals) if goal.sign > 0 else Sides(rivals, own)
 
 
-def watch(lab: Lab, bad: str | None) -> Watched:
+def watch(lab: Lab, against: str | None) -> Watched:
     """What the target prompts of `lab` are watched for.
 
     Raises `FindError` where no prompt is left, `StimuliError` for what the model cannot take.
     """
     stimuli = lab.of_set("target")
-    found = sides(lab.goal, stimuli, bad)
+    found = sides(lab.goal, stimuli, against)
     kept = []
     for stimulus, row, side in zip(stimuli, token_rows(lab, stimuli), found, strict=True):
         wanted = _opening(lab.tokenizer, stimulus, side.wanted)

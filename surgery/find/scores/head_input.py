@@ -43,11 +43,11 @@ class Inputs:
     top: NDArray[np.int64]
 
 
-def bad_steps(lab: Lab, bad: str | None) -> Steps:
+def bad_steps(lab: Lab, against: str | None) -> Steps:
     """The steps at which greedy responses to the target prompts emit an unwanted answer: the
     prompt with what was said before it, and the first token of it."""
     stimuli = lab.of_set("target")
-    words = [side.unwanted for side in sides(lab.goal, stimuli, bad)]
+    words = [side.unwanted for side in sides(lab.goal, stimuli, against)]
     rows, found = token_rows(lab, stimuli), []
     for row, said, unwanted in zip(rows, _responses(lab, stimuli, rows), words, strict=True):
         step = first_said(_tokenizer(lab), said, unwanted)
@@ -167,9 +167,9 @@ class Shift:
     left_out: int
 
 
-def shift(lab: Lab, vectors: Floats, bad: str | None) -> Shift:
+def shift(lab: Lab, vectors: Floats, against: str | None) -> Shift:
     """EigenShift's two means for the right singular vectors in the columns of `vectors`."""
-    steps = bad_steps(lab, bad)
+    steps = bad_steps(lab, against)
     said = head_inputs(lab, "bad steps", steps.rows)
     again = said.top == np.array(steps.tokens)
     if not again.any():
