@@ -22,8 +22,8 @@ from surgery.edits.direction import Direction as DirectionEdit
 from surgery.edits.projection import refuse_inexact
 from surgery.errors import EditError, FindError
 from surgery.find.interface import SCORE, Finder, Lab, Proposal, Ranking
-from surgery.find.prompts.questions import Question, fed, prompts_of, questions_of
-from surgery.find.prompts.rows import Row, pieces, refuse_encoder
+from surgery.find.prompts.questions import Question, questions_of
+from surgery.find.prompts.rows import Row, inputs_of, pieces, prompts_of, refuse_encoder
 from surgery.find.scores.margins import margins, pairs_of
 from surgery.find.scores.mean_directions import Spread, Vectors, directions, separation, streams
 from surgery.find.tables import by_score
@@ -136,7 +136,7 @@ class Direction(Finder):
         return Spread(every.mean(0), every.var(0, ddof=1))
 
     def _streams(self, lab: Lab, rows: Sequence[Row]) -> Vectors:
-        return streams(lab.live, lab.arch, fed(lab, rows), self.position)
+        return streams(lab.live, lab.arch, inputs_of(lab.runtime, rows), self.position)
 
     def _effects(self, lab: Lab, found: Vectors) -> Vectors | None:
         """The mean change of the logit difference by each ablation [layers]; None where no answers
@@ -172,11 +172,11 @@ def _moved(lab: Lab, edit: DirectionEdit, questions: Sequence[Question]) -> Vect
     """By how much an edit moves each logit difference [batch]."""
     import torch
 
-    batch = fed(lab, [question.ids for question in questions])
-    pairs = pairs_of(lab.live, batch, questions)
+    inputs = inputs_of(lab.runtime, [question.ids for question in questions])
+    pairs = pairs_of(lab.live, inputs, questions)
     with torch.no_grad():
-        before = margins(lab.live, batch, pairs)
+        before = margins(lab.live, inputs, pairs)
         with edit.hook(lab.live, lab.arch, None):
-            after = margins(lab.live, batch, pairs)
+            after = margins(lab.live, inputs, pairs)
     moved: Vectors = (after - before).double().numpy()
     return moved

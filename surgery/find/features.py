@@ -28,8 +28,8 @@ from surgery.edits.autoencoders.encoding import read_encoder
 from surgery.edits.autoencoders.hooks import MLP_INPUT, Point, point_of
 from surgery.errors import EditError, FindError, RecipeError
 from surgery.find.interface import SCORE, Entry, Finder, Lab, Proposal, Ranking
-from surgery.find.prompts.questions import fed, prompts_of, questions_of
-from surgery.find.prompts.rows import Row, pieces, refuse_encoder
+from surgery.find.prompts.questions import questions_of
+from surgery.find.prompts.rows import Row, inputs_of, is_real, pieces, prompts_of, refuse_encoder
 from surgery.find.scores.feature_effects import Z_SITE, Site, attribution, direct
 from surgery.find.scores.margins import pairs_of
 from surgery.find.tables import by_score
@@ -164,8 +164,8 @@ class Features(Finder):
         """The mean over prompts of each feature's activation, and how often it is active."""
 
         def of(part: slice) -> dict[str, Any]:
-            batch = fed(lab, rows[part])
-            return self._summed(site.read(batch)[1], batch.real)
+            inputs = inputs_of(lab.runtime, rows[part])
+            return self._summed(site.read(inputs)[1], is_real(inputs))
 
         return _means(lab, f"features on {name}", len(rows), of)
 
@@ -173,13 +173,13 @@ class Features(Finder):
         questions = questions_of(lab, TARGET)
 
         def of(part: slice) -> dict[str, Any]:
-            batch = fed(lab, [question.ids for question in questions[part]])
-            pairs = pairs_of(site.model, batch, questions[part])
+            inputs = inputs_of(lab.runtime, [question.ids for question in questions[part]])
+            pairs = pairs_of(site.model, inputs, questions[part])
             if self.method == "direct":
-                effects, features = direct(site, batch, pairs)
+                effects, features = direct(site, inputs, pairs)
             else:
-                effects, features = attribution(site, batch, pairs, self.steps)
-            return {"effect": _total(effects), **self._summed(features, batch.real)}
+                effects, features = attribution(site, inputs, pairs, self.steps)
+            return {"effect": _total(effects), **self._summed(features, is_real(inputs))}
 
         found = _means(lab, f"{self.method} of features", len(questions), of)
         removes = (self._entry(site.point, [0])["patch"]) in REMOVING

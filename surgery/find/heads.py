@@ -20,13 +20,8 @@ from numpy.typing import NDArray
 from surgery.addresses import Head
 from surgery.errors import FindError, quote
 from surgery.find.interface import Finder, Lab, Proposal, Ranking
-from surgery.find.prompts.contrasts import (
-    Names,
-    Pair,
-    Pairs,
-    answer_names,
-    contrast_pairs,
-)
+from surgery.find.prompts.contrasts import Names, Pair, Pairs, answer_names, contrast_pairs
+from surgery.find.prompts.rows import Row, inputs_of, pieces
 from surgery.find.scores.agreement import rank_correlation
 from surgery.find.scores.head_effects import (
     Contrast,
@@ -36,7 +31,6 @@ from surgery.find.scores.head_effects import (
     path_effects,
 )
 from surgery.find.scores.patching import Patching, Recorded
-from surgery.stimuli.batches import pad
 
 POSITIONS = ("last", "all")
 Scores = NDArray[np.float64]
@@ -100,29 +94,28 @@ class Heads(Finder):
         by the two that cost little."""
         patching = Patching(lab.live, lab.arch)
         methods = sorted({self.method, "direct", "gradient"})
-        pieces: dict[str, list[Effects]] = {method: [] for method in methods}
+        found: dict[str, list[Effects]] = {method: [] for method in methods}
         groups = self._groups(lab, patching, pairs)
         for number, (name, own) in enumerate(groups):
             chunk = _Chunk(lab, patching, own, self.positions == "all", name)
             for method in methods:
                 lab.progress(f"heads: {method}", number, len(groups))
-                pieces[method].append(chunk.effects(method))
+                found[method].append(chunk.effects(method))
         lab.progress("heads", len(groups), len(groups))
-        return {method: _mean(method, own) for method, own in pieces.items()}
+        return {method: _mean(method, own) for method, own in found.items()}
 
     def _groups(
         self, lab: Lab, patching: Patching, pairs: Sequence[Pair]
     ) -> list[tuple[str, tuple[Pair, ...]]]:
-        """Prompts of like length, each group with a name: of what is recorded at the last position
-        as many as the budget says, of all positions as many as run with every head at once."""
+        """Prompts of like length, each group with a name: at the last position as many as run at
+        once, at all of them as many as do with every head."""
         ordered = sorted(pairs, key=lambda pair: len(pair.clean))
         longest = len(ordered[-1].clean)
         size = lab.budget if self.positions == "last" else lab.budget // (patching.heads * longest)
         size = max(1, size)
-        starts = range(0, len(ordered), size)
         return [
-            (f"{self.positions} {start} of {size}", tuple(ordered[start : start + size]))
-            for start in starts
+            (f"{self.positions} {part.start} to {part.stop}", tuple(ordered[part]))
+            for part in pieces(len(ordered), size)
         ]
 
     def _facts(self, names: Names, found: Pairs, effects: dict[str, Scores]) -> dict[str, Any]:
@@ -179,19 +172,13 @@ class _Chunk:
         clean = self._record([pair.clean for pair in self.pairs])
         return Contrast(clean, self._record([pair.corrupted for pair in self.pairs]), tokens)
 
-    def _record(self, ids: Sequence[tuple[int, ...]]) -> Recorded:
-        import torch
-
-        batch = pad(self.name, "target", ids, "left", tuple(pair.id for pair in self.pairs))
-        fed = batch.inputs()
-        names = self.lab.runtime.input_names
-        given = {n: torch.from_numpy(fed[n]) for n in names}
-        return self.patching.record(given, self.whole, self.lab.budget)
+    def _record(self, rows: Sequence[Row]) -> Recorded:
+        return self.patching.record(inputs_of(self.lab.runtime, rows), self.whole, self.lab.budget)
 
 
-def _mean(method: str, pieces: Sequence[Effects]) -> Scores:
+def _mean(method: str, parts: Sequence[Effects]) -> Scores:
     """Effects of all prompts [layers, prompts, heads, 2] as their mean, [layers, heads, 2]."""
-    found: Scores = np.concatenate(pieces, axis=1).mean(axis=1, dtype=np.float64)
+    found: Scores = np.concatenate(parts, axis=1).mean(axis=1, dtype=np.float64)
     if not np.isfinite(found).all():
         raise FindError(
             f"heads: the {method} effects on these prompts are not finite; expected a model whose "

@@ -139,7 +139,7 @@ def _margins(lab: Lab, watched: Watched) -> Floats:
     found = []
     for part in pieces(len(watched.rows), lab.budget):
         with torch.no_grad():
-            inputs = inputs_of(lab, watched.rows[part])
+            inputs = inputs_of(lab.runtime, watched.rows[part])
             logits = lab.live(**inputs, use_cache=False).logits[:, -1]
             found.append(watched.margins(logits, part).numpy())
     return np.concatenate(found)

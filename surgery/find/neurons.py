@@ -25,7 +25,8 @@ from surgery.arch import Architecture, identify
 from surgery.checkpoint import Checkpoint
 from surgery.errors import FindError
 from surgery.find.interface import SCORE, Finder, Lab, Proposal, Ranking
-from surgery.find.prompts.points import confusion_points, tokens_in
+from surgery.find.prompts.points import confusion_points
+from surgery.find.prompts.rows import token_rows
 from surgery.find.scores.neuron_totals import (
     Subject,
     Totals,
@@ -98,7 +99,7 @@ class Neurons(Finder):
 
     def _by_auroc(self, lab: Lab) -> Ranking:
         """By how well a neuron tells target prompts from preserved ones."""
-        sets = {name: tokens_in(lab, name) for name in ("target", "preserve")}
+        sets = {name: token_rows(lab, lab.of_set(name)) for name in ("target", "preserve")}
         if not all(sets.values()):
             raise FindError("method auroc needs prompts of set target and of set preserve")
         area = areas(lab, Subject("base", lab.runtime, lab.arch), tuple(sets.values()))

@@ -25,7 +25,7 @@ from surgery.errors import EditError, FindError, InputError
 from surgery.export.load import forward_inputs, load_model
 from surgery.export.tasks import find_task
 from surgery.find.features import Features
-from surgery.find.prompts.questions import Fed
+from surgery.find.prompts.rows import Inputs
 from surgery.find.scores.feature_effects import Site, attribution, direct
 from surgery.runtimes.pytorch import widen
 from surgery.stimuli import Stimulus
@@ -68,9 +68,14 @@ class Case:
     model: Any
     arch: Architecture
     site: Site
-    batch: Fed
+    inputs: Inputs
     pairs: tuple[Any, Any]
     place: tuple[str, str]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        batch, length = self.inputs["input_ids"].shape
+        return batch, length
 
     @contextmanager
     def changed(self, change: Change) -> Iterator[None]:
@@ -99,23 +104,23 @@ class Case:
             return x
 
         with self.changed(keep), torch.no_grad():
-            self.model(**self.batch.inputs)
-        return kept[0].reshape(*self.batch.shape, -1)
+            self.model(**self.inputs)
+        return kept[0].reshape(*self.shape, -1)
 
     def margin(self, change: Change = lambda x: x) -> Any:
         """Logit differences [batch] of a whole run."""
 
         def shaped(x: Any) -> Any:
-            return change(x.reshape(*self.batch.shape, -1)).reshape(x.shape)
+            return change(x.reshape(*self.shape, -1)).reshape(x.shape)
 
         with self.changed(shaped), torch.no_grad():
-            last = self.model(**self.batch.inputs).logits[:, -1]
+            last = self.model(**self.inputs).logits[:, -1]
         rows = torch.arange(len(last))
         return last[rows, self.pairs[0]] - last[rows, self.pairs[1]]
 
     def features(self) -> Any:
         """Activations [batch, length, n]; zero where padded."""
-        return literal_features(self.site, self.read()) * self.batch.real[..., None]
+        return literal_features(self.site, self.read()) * self.inputs["attention_mask"][..., None]
 
     def without(self, f: Any, feature: int, share: float) -> Any:
         """The margins with a share of one feature taken out where it is active; the error term
@@ -163,12 +168,12 @@ def case(request: pytest.FixtureRequest, zoo: Zoo, tmp_path: Path) -> Iterator[C
     site = replace(site, encoder=wide(site.encoder))
     pairs = (torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6]))
     with widen(torch):  # float64 also where a model asks for float32 by name
-        yield Case(model, arch, site, Fed(inputs, mask.bool()), pairs, PLACES[request.param])
+        yield Case(model, arch, site, inputs, pairs, PLACES[request.param])
 
 
 @pytest.mark.parametrize("case", CASES, indirect=True)
 def test_a_feature_is_read_where_it_belongs_and_nowhere_else(case: Case) -> None:
-    _, found = case.site.read(case.batch)
+    _, found = case.site.read(case.inputs)
     expected = case.features()
     assert (expected > 0).any()
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
@@ -177,7 +182,7 @@ def test_a_feature_is_read_where_it_belongs_and_nowhere_else(case: Case) -> None
 @pytest.mark.parametrize("case", INTO_STREAM, indirect=True)
 def test_attribution_is_the_slope_of_the_ablation_that_keeps_the_error_term(case: Case) -> None:
     """Central differences: a millionth of each feature out, and in, at once at all positions."""
-    found, _ = attribution(case.site, case.batch, case.pairs, 1)
+    found, _ = attribution(case.site, case.inputs, case.pairs, 1)
     step, f = 1e-6, case.features()
     for feature in range(0, LATENTS, 3):
         ends = [case.without(f, feature, share) for share in (step, -step)]
@@ -195,7 +200,7 @@ def test_steps_add_up_to_what_all_features_do_together(case: Case) -> None:
     f = case.features()
     explained = f @ small.w_dec
     expected = case.margin(lambda now: now - explained) - case.margin()
-    many, once = (attribution(site, case.batch, case.pairs, n)[0].sum(1) for n in (15, 1))
+    many, once = (attribution(site, case.inputs, case.pairs, n)[0].sum(1) for n in (15, 1))
     assert (many - expected).abs().max() < 0.2 * (once - expected).abs().max()
 
 
@@ -211,7 +216,7 @@ def test_where_all_that_follows_is_linear_attribution_is_exact(case: Case, steps
         for parameter in model.get_submodule(f"transformer.h.2.{name}").parameters():
             parameter.data.zero_()
     model.transformer.ln_f = torch.nn.Identity()
-    found, _ = attribution(case.site, case.batch, case.pairs, steps)
+    found, _ = attribution(case.site, case.inputs, case.pairs, steps)
     clean, f = case.margin(), case.features()
     for feature in range(LATENTS):
         exact = case.without(f, feature, 1.0) - clean
@@ -246,11 +251,11 @@ FINAL = {
 
 @pytest.mark.parametrize("case", INTO_STREAM, indirect=True)
 def test_a_direct_effect_is_that_of_the_logits_with_the_norm_held(case: Case) -> None:
-    found, _ = direct(case.site, case.batch, case.pairs)
+    found, _ = direct(case.site, case.inputs, case.pairs)
     kept: list[Any] = []
     final = case.model.get_submodule(FINAL[case.arch.family])
     with final.register_forward_pre_hook(lambda m, given: kept.append(given[0])), torch.no_grad():
-        case.model(**case.batch.inputs)
+        case.model(**case.inputs)
     h = kept[0][:, -1]
     f = case.features()[:, -1]
     rows = torch.arange(3)

@@ -12,7 +12,8 @@ from finding import lab_of
 
 from surgery.errors import FindError
 from surgery.find.interface import Lab
-from surgery.find.prompts.questions import fed, prompts_of, questions_of
+from surgery.find.prompts.questions import questions_of
+from surgery.find.prompts.rows import inputs_of, prompts_of
 from surgery.find.scores.margins import margins, pairs_of
 from surgery.stimuli import Stimulus
 
@@ -65,7 +66,7 @@ def test_without_another_answer_the_likeliest_other_token_is_taken(tmp_path: Pat
     """Of a run of the prompt alone, beside one whose other answer is named."""
     one = lab(tmp_path, {"right": ("Quito",)}, {"right": ("Lima",), "wrong": ("Quito",)})
     questions = questions_of(one, "target")
-    batch = fed(one, [question.ids for question in questions])
+    batch = inputs_of(one.runtime, [question.ids for question in questions])
     answers, others = pairs_of(one.live, batch, questions)
     with torch.no_grad():
         last = one.live(torch.tensor([questions[0].ids])).logits[0, -1]

@@ -14,12 +14,11 @@ from surgery.differential.workload import end_tokens
 from surgery.errors import FindError
 from surgery.find.interface import Lab
 from surgery.find.prompts.confusion import Judge, find_slip
+from surgery.find.prompts.rows import Row, token_rows
 from surgery.metrics.languages import ANSWER
 from surgery.runtimes.generate import GROUP, Generation, generate
 from surgery.stimuli import Stimulus
-from surgery.stimuli.prompts import tokens_of
 
-Tokens = tuple[int, ...]
 NOTHING = -1
 """In place of the tokens that a response has not."""
 
@@ -28,7 +27,7 @@ NOTHING = -1
 class Points:
     """The prompts to score neurons at, token ids up to the confusion point, and how they came."""
 
-    prompts: tuple[Tokens, ...]
+    prompts: tuple[Row, ...]
     facts: dict[str, Any]
 
 
@@ -75,33 +74,22 @@ def _accepted(stimulus: Stimulus) -> tuple[str, ...]:
     return (stimulus.answers or {})[ANSWER]
 
 
-def _responses(
-    lab: Lab, stimuli: Sequence[Stimulus], new_tokens: int
-) -> Iterator[tuple[Tokens, Tokens]]:
+def _responses(lab: Lab, stimuli: Sequence[Stimulus], new_tokens: int) -> Iterator[tuple[Row, Row]]:
     """Each stimulus's prompt and greedy response."""
-    sizes = lab.arch.sizes
-    tokens = tokens_of(stimuli, lab.tokenizer, sizes["vocab"], sizes["positions"])
-    prompts = [tokens[stimulus.id] for stimulus in stimuli]
+    prompts = token_rows(lab, stimuli)
     for start in range(0, len(prompts), GROUP):
         lab.progress("responses", start, len(prompts))
         group = tuple(prompts[start : start + GROUP])
-        room = min(new_tokens, sizes["positions"] - max(map(len, group)))
+        room = min(new_tokens, lab.arch.sizes["positions"] - max(map(len, group)))
         kept = lab.journal.array(f"responses {start}", partial(_respond, lab, group, room))
         for prompt, row in zip(group, kept, strict=True):
             yield prompt, tuple(row[row != NOTHING].tolist())
 
 
-def _respond(lab: Lab, prompts: tuple[Tokens, ...], most: int) -> NDArray[np.int64]:
+def _respond(lab: Lab, prompts: tuple[Row, ...], most: int) -> NDArray[np.int64]:
     """Greedy responses of at most so many tokens, [prompts, most], filled up with `NOTHING`."""
     [made] = generate(lab.runtime, [Generation(prompts, most, end_tokens(lab.checkpoint))])
     rows = np.full((len(prompts), most), NOTHING)
     for row, response in zip(rows, made.tokens, strict=True):
         row[: len(response)] = response
     return rows
-
-
-def tokens_in(lab: Lab, name: str) -> tuple[Tokens, ...]:
-    """The token ids of every prompt of a set."""
-    sizes, stimuli = lab.arch.sizes, lab.of_set(name)
-    tokens = tokens_of(stimuli, lab.tokenizer, sizes["vocab"], sizes["positions"])
-    return tuple(tokens[stimulus.id] for stimulus in stimuli)

@@ -1,30 +1,14 @@
-"""Batches of prompts, and questions: where two answers to a prompt part."""
+"""Questions: where two answers to a prompt part."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from surgery.errors import FindError, quote
 from surgery.find.interface import Lab
-from surgery.find.prompts.rows import Row, inputs_of, token_rows
+from surgery.find.prompts.rows import Row
 from surgery.stimuli import Stimulus
 from surgery.stimuli.answers import following
-
-
-@dataclass(frozen=True)
-class Fed:
-    """A batch of left-padded prompts: what the model takes, and which positions are real, a torch
-    bool tensor [batch, length]."""
-
-    inputs: dict[str, Any]
-    real: Any
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        batch, length = self.real.shape
-        return batch, length
 
 
 @dataclass(frozen=True)
@@ -39,14 +23,6 @@ class Question:
     other: int | None
 
 
-def prompts_of(lab: Lab, name: str) -> list[Row]:
-    """The token ids of the training prompts of one set; raises `FindError` where it has none."""
-    stimuli = lab.of_set(name)
-    if not stimuli:
-        raise FindError(f"the training prompts hold none of set {name}; give some in --train")
-    return token_rows(lab, stimuli)
-
-
 def questions_of(lab: Lab, name: str) -> list[Question]:
     """The training prompts of one set that name the goal's answer; raises `FindError` where none
     does."""
@@ -58,12 +34,6 @@ def questions_of(lab: Lab, name: str) -> list[Question]:
             "tells from others; give prompts as text with answers, and a goal answer_rate:NAME"
         )
     return questions
-
-
-def fed(lab: Lab, rows: Sequence[Row]) -> Fed:
-    """`rows` as one left-padded batch."""
-    inputs = inputs_of(lab, rows)
-    return Fed(inputs, inputs["attention_mask"].bool())
 
 
 def _answers(lab: Lab, stimulus: Stimulus) -> tuple[str, ...]:

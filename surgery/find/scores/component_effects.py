@@ -57,7 +57,7 @@ def _gradients(lab: Lab, watched: Watched, part: slice) -> tuple[list[Floats], l
     float64 [n, length, …] with 0 where padded."""
     import torch
 
-    inputs = inputs_of(lab, watched.rows[part])
+    inputs = inputs_of(lab.runtime, watched.rows[part])
     z: list[Any] = []
     leaves: list[Any] = []
     with ExitStack() as stack, torch.enable_grad():

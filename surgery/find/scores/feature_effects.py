@@ -20,9 +20,10 @@ from surgery.arch import Architecture
 from surgery.edits.autoencoders.encoding import Encoder
 from surgery.edits.autoencoders.hooks import Point
 from surgery.errors import FindError
-from surgery.find.prompts.questions import Fed
+from surgery.find.prompts.rows import Inputs, is_real
 from surgery.find.scores.hook_points import tapped
 from surgery.find.scores.margins import Pairs, margins
+from surgery.find.scores.readout import FrozenNorm
 
 Z_SITE = "attn.hook_z"
 
@@ -36,7 +37,7 @@ class Site:
     point: Point
     encoder: Encoder
 
-    def read(self, batch: Fed) -> tuple[Any, Any]:
+    def read(self, inputs: Inputs) -> tuple[Any, Any]:
         """The activation x [batch, length, d] and its features [batch, length, n], which are zero
         where the batch is padded."""
         import torch
@@ -47,40 +48,43 @@ class Site:
             kept.append(x.clone())
             return x
 
-        with torch.no_grad(), tapped(self.model, self.arch, self.point, batch.shape, keep):
-            self.model.base_model(**batch.inputs, use_cache=False)
+        with (
+            torch.no_grad(),
+            tapped(self.model, self.arch, self.point, is_real(inputs).shape, keep),
+        ):
+            self.model.base_model(**inputs, use_cache=False)
             features = self.encoder(kept[0])
-        return kept[0], features * batch.real[..., None]
+        return kept[0], features * is_real(inputs)[..., None]
 
-    def slope(self, batch: Fed, pairs: Pairs, x: Any) -> Any:
+    def slope(self, inputs: Inputs, pairs: Pairs, x: Any) -> Any:
         """∂m/∂x [batch, length, d] where the activation is `x`."""
         import torch
 
         leaf = x.clone().requires_grad_()
         with (
             torch.enable_grad(),
-            tapped(self.model, self.arch, self.point, batch.shape, lambda _: leaf),
+            tapped(self.model, self.arch, self.point, is_real(inputs).shape, lambda _: leaf),
         ):
-            total = margins(self.model, batch, pairs).sum()
+            total = margins(self.model, inputs, pairs).sum()
         return torch.autograd.grad(total, leaf)[0]
 
 
-def attribution(site: Site, batch: Fed, pairs: Pairs, steps: int) -> tuple[Any, Any]:
+def attribution(site: Site, inputs: Inputs, pairs: Pairs, steps: int) -> tuple[Any, Any]:
     """Effects of taking each feature out [batch, n], and activations [batch, length, n]."""
-    x, features = site.read(batch)
+    x, features = site.read(inputs)
     rows = site.encoder.rows
     explained = features @ rows
-    slope = sum(site.slope(batch, pairs, x - step / steps * explained) for step in range(steps))
+    slope = sum(site.slope(inputs, pairs, x - step / steps * explained) for step in range(steps))
     return -(features * (slope / steps @ rows.T)).sum(1), features
 
 
-def direct(site: Site, batch: Fed, pairs: Pairs) -> tuple[Any, Any]:
+def direct(site: Site, inputs: Inputs, pairs: Pairs) -> tuple[Any, Any]:
     """The same through the final norm and the head alone."""
     import torch
 
-    _, features = site.read(batch)
+    _, features = site.read(inputs)
     with torch.no_grad():
-        wanted = _pulled_back(site, batch, pairs)
+        wanted = _pulled_back(site, inputs, pairs)
         return -features[:, -1] * (wanted @ _written(site).T), features
 
 
@@ -98,39 +102,25 @@ def _written(site: Site) -> Any:
     return o_proj(rows) - o_proj(rows.new_zeros(1, rows.shape[1]))
 
 
-def _pulled_back(site: Site, batch: Fed, pairs: Pairs) -> Any:
-    """The direction [batch, width] of the stream at the last position along which m rises.
-
-    With y = w·(h − mean)/σ + b and u the difference of both tokens' rows of the head, a small v
-    added to h adds u·w·(v − mean v)/σ; an RMS norm subtracts no mean.
-    """
+def _pulled_back(site: Site, inputs: Inputs, pairs: Pairs) -> Any:
+    """The direction [batch, width] of the stream at the last position along which m rises."""
     arch = site.arch
     weight = site.model.get_output_embeddings().weight
     wanted = weight[pairs[0]] - weight[pairs[1]]
     if "final_norm" not in arch.facts.modules:
         return wanted
-    norm = arch.module(site.model, "final_norm")
-    before, after = _around(site, norm, batch)
-    scale = norm.weight + arch.facts.norm_offset
-    bias = getattr(norm, "bias", None)
-    centred = _centred(before, arch) * scale
-    shifted = after if bias is None else after - bias
-    # The least squares for 1/σ: whatever the norm calls its epsilon, it is in there.
-    inverse = (centred * shifted).sum(1, True) / (centred * centred).sum(1, True)
-    return _centred(wanted * scale, arch) * inverse
+    module = arch.module(site.model, "final_norm")
+    norm = FrozenNorm(module, arch)
+    return norm.pulled_back(wanted) * norm.scale(_final(site, module, inputs))
 
 
-def _centred(vectors: Any, arch: Architecture) -> Any:
-    return vectors if arch.facts.norm == "rms" else vectors - vectors.mean(-1, keepdim=True)
+def _final(site: Site, norm: Any, inputs: Inputs) -> Any:
+    """What the final norm reads at the last position [batch, width]."""
+    kept: list[Any] = []
 
+    def keep(module: Any, given: Any) -> None:
+        kept.append(given[0][:, -1].clone())
 
-def _around(site: Site, norm: Any, batch: Fed) -> tuple[Any, Any]:
-    """What the final norm reads and gives at the last position [batch, width]."""
-    kept: list[tuple[Any, Any]] = []
-
-    def keep(module: Any, inputs: Any, output: Any) -> None:
-        kept.append((inputs[0][:, -1].clone(), output[:, -1].clone()))
-
-    with norm.register_forward_hook(keep):
-        site.model.base_model(**batch.inputs, use_cache=False)
+    with norm.register_forward_pre_hook(keep):
+        site.model.base_model(**inputs, use_cache=False)
     return kept[0]

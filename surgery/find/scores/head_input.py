@@ -147,7 +147,7 @@ def _read(lab: Lab, rows: Sequence[Row]) -> dict[str, NDArray[Any]]:
     kept: list[Any] = []
     head = lab.arch.module(lab.live, lab.arch.facts.tie.head)
     with head.register_forward_pre_hook(_last_into(kept)), torch.no_grad():
-        logits = lab.live(**inputs_of(lab, rows), use_cache=False).logits[:, -1]
+        logits = lab.live(**inputs_of(lab.runtime, rows), use_cache=False).logits[:, -1]
     return {"states": kept[0].numpy(), "top": logits.argmax(-1).numpy()}
 
 

@@ -146,7 +146,7 @@ def _train(lab: Lab, stream: Stream, training: Training, state: State, steps: ra
             }
     for step in steps:
         optimiser.param_groups[0]["lr"] = training.rate * (1 - step / training.steps)
-        _differentiate(stream, inputs_of(lab, training.drawn(step)), parts)
+        _differentiate(stream, inputs_of(lab.runtime, training.drawn(step)), parts)
         optimiser.step()
     return _collected(parts, optimiser)
 

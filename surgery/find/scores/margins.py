@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from surgery.find.prompts.questions import Fed, Question
+from surgery.find.prompts.questions import Question
+from surgery.find.prompts.rows import Inputs
 
 Pairs = tuple[Any, Any]
 """Token ids [batch] of the goal's answers and of the others, as torch tensors."""
 
 
-def pairs_of(model: Any, batch: Fed, questions: Sequence[Question]) -> Pairs:
+def pairs_of(model: Any, inputs: Inputs, questions: Sequence[Question]) -> Pairs:
     """The two tokens of every question: where no other is named, the likeliest in a clean run."""
     import torch
 
@@ -19,7 +20,7 @@ def pairs_of(model: Any, batch: Fed, questions: Sequence[Question]) -> Pairs:
     if all(question.other is not None for question in questions):
         return answers, torch.tensor([question.other for question in questions])
     with torch.no_grad():
-        scores = last_logits(model, batch).clone()
+        scores = last_logits(model, inputs).clone()
     scores.scatter_(1, answers[:, None], -torch.inf)
     likeliest = scores.argmax(1).tolist()
     named = [question.other for question in questions]
@@ -27,13 +28,13 @@ def pairs_of(model: Any, batch: Fed, questions: Sequence[Question]) -> Pairs:
     return answers, torch.tensor(others)
 
 
-def margins(model: Any, batch: Fed, pairs: Pairs) -> Any:
+def margins(model: Any, inputs: Inputs, pairs: Pairs) -> Any:
     """The logit of each answer less that of the other [batch], at the last position."""
     answer, other = (tokens[:, None] for tokens in pairs)
-    scores = last_logits(model, batch)
+    scores = last_logits(model, inputs)
     return (scores.gather(1, answer) - scores.gather(1, other)).squeeze(1)
 
 
-def last_logits(model: Any, batch: Fed) -> Any:
+def last_logits(model: Any, inputs: Inputs) -> Any:
     """Logits [batch, vocab] after the last token of each prompt."""
-    return model(**batch.inputs, use_cache=False).logits[:, -1]
+    return model(**inputs, use_cache=False).logits[:, -1]

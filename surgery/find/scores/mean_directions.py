@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from surgery.arch import Architecture
 from surgery.errors import FindError
-from surgery.find.prompts.questions import Fed
+from surgery.find.prompts.rows import Inputs, is_real
 
 Vectors = NDArray[np.float64]
 
@@ -30,21 +30,21 @@ class Spread:
     variance: Vectors
 
 
-def streams(model: Any, arch: Architecture, batch: Fed, position: str) -> Vectors:
+def streams(model: Any, arch: Architecture, inputs: Inputs, position: str) -> Vectors:
     """The residual stream after each block, float64 [batch, layers, width]: at the `last` token
     of each prompt, or as the `mean` over its tokens."""
     import torch
 
     kept: list[Any] = []
 
-    def keep(module: Any, inputs: Any, output: Any) -> None:
+    def keep(module: Any, given: Any, output: Any) -> None:
         value = output[0] if isinstance(output, tuple) else output
-        kept.append(_pooled(value, batch.real, position))
+        kept.append(_pooled(value, is_real(inputs), position))
 
     handles = [arch.block(model, n).register_forward_hook(keep) for n in range(arch.layers)]
     try:
         with torch.no_grad():
-            model.base_model(**batch.inputs, use_cache=False)
+            model.base_model(**inputs, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

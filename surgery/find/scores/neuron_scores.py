@@ -16,14 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.arch import Architecture
+from surgery.find.prompts.rows import Inputs, is_real
 from surgery.find.scores.readout import FrozenNorm, Readout
 
 SLICE_BYTES = 64 << 20
 """Of logits that are made at once."""
 
 Scores = NDArray[np.float32]
-Inputs = Mapping[str, Any]
-"""Left-padded prompts, torch tensors [n, length]: what the model's forward takes."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def gradient_scores(model: Any, arch: Architecture, inputs: Inputs) -> Scores:
         logits = last_logits(model, inputs)
         logp = log_probability(logits, logits.argmax(-1))
         slopes = torch.autograd.grad(logp.sum(), [change for _, change in found])
-    real = inputs["attention_mask"].bool()[..., None]
+    real = is_real(inputs)[..., None]
     of_layers = [
         torch.where(real, (active * slope).reshape(*real.shape[:2], -1), 0).sum(1)
         for (active, _), slope in zip(found, slopes, strict=True)

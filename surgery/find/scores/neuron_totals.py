@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from surgery.arch import Architecture
 from surgery.errors import FindError
 from surgery.find.interface import Lab
+from surgery.find.prompts.rows import Row, inputs_of
 from surgery.find.scores.auroc import auroc, peaks
 from surgery.find.scores.neuron_scores import Attribution, Scores, ablation_scores, gradient_scores
-from surgery.runtimes.generate import GROUP, left_padded
+from surgery.runtimes.generate import GROUP
 from surgery.runtimes.pytorch import TorchRuntime
 
 HIGHEST = 300
@@ -25,7 +26,7 @@ TOGETHER = 32
 WITH_GRADIENTS = 8
 """Prompts that are differentiated together: every activation of theirs is kept."""
 
-Prompts = Sequence[tuple[int, ...]]
+Prompts = Sequence[Row]
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,6 @@ class Subject:
     name: str
     runtime: TorchRuntime
     arch: Architecture
-
-    def inputs(self, prompts: Prompts) -> dict[str, Any]:
-        """The prompts, left-padded, as what the model's forward takes."""
-        import torch
-
-        arrays = left_padded([list(prompt) for prompt in prompts])
-        return {name: torch.from_numpy(arrays[name]) for name in self.runtime.input_names}
 
 
 @dataclass(frozen=True)
@@ -60,7 +54,7 @@ def attribution_totals(lab: Lab, subject: Subject, prompts: Prompts) -> Totals:
 
     def effects() -> Iterator[Scores]:
         for start, group in _groups(prompts, min(TOGETHER, lab.budget)):
-            recorded = attribution.record(subject.inputs(group))
+            recorded = attribution.record(inputs_of(subject.runtime, group))
             found = []
             for layer in layers:
                 done = start * len(layers) + layer * len(group)
@@ -80,7 +74,7 @@ def gradient_totals(lab: Lab, subject: Subject, prompts: Prompts) -> Totals:
     def effects() -> Iterator[Scores]:
         for start, group in _groups(prompts, min(WITH_GRADIENTS, lab.budget)):
             lab.progress(f"gradient, {subject.name}", start, len(prompts))
-            measure = partial(gradient_scores, live, arch, subject.inputs(group))
+            measure = partial(gradient_scores, live, arch, inputs_of(subject.runtime, group))
             yield lab.journal.array(f"gradient {subject.name} {start}", measure)
 
     return _summed(effects(), subject, cut=False)
@@ -96,7 +90,7 @@ def ablation_totals(
     def effects() -> Iterator[Scores]:
         for start, group in _groups(prompts, 1):
             lab.progress(f"ablation, {subject.name}", start, len(prompts))
-            inputs = subject.inputs(group)
+            inputs = inputs_of(subject.runtime, group)
             measure = partial(ablation_scores, live, arch, inputs, listed, lab.budget)
             yield lab.journal.array(f"ablation {subject.name} {start}", measure)[None]
 
@@ -119,7 +113,7 @@ def areas(lab: Lab, subject: Subject, sets: Sequence[Prompts]) -> NDArray[np.flo
 def _peaks(lab: Lab, subject: Subject, number: int, start: int, group: Prompts) -> Scores:
     def measure() -> Scores:
         lab.progress(f"responses of set {number + 1} of 2", start, start + len(group))
-        return peaks(subject.runtime.live, subject.arch, subject.inputs(group))
+        return peaks(subject.runtime.live, subject.arch, inputs_of(subject.runtime, group))
 
     return lab.journal.array(f"peaks {number} {start}", measure)
 

@@ -58,7 +58,7 @@ def read(
         lab.progress("reading by the lens", part.start, len(watched.rows))
 
         def compute(part: slice = part) -> Mapping[str, NDArray[Any]]:
-            inputs = inputs_of(lab, watched.rows[part])
+            inputs = inputs_of(lab.runtime, watched.rows[part])
             states = [state[:, -1:] for state in stream.states(inputs)]
             table = _table(stream, watched, lens, states, part, lab.goal.sign)
             mid = _between(lab, stream, watched, removed, part) if removed else []
@@ -115,7 +115,7 @@ def _between(
     """The margin [n] between attention and MLP of each layer, by the logit lens."""
     import torch
 
-    inputs, found = inputs_of(lab, watched.rows[part]), []
+    inputs, found = inputs_of(lab.runtime, watched.rows[part]), []
     for layer in range(lab.arch.layers):
         with removed(layer):
             state = stream.states(inputs)[layer + 1][:, -1:]

@@ -34,6 +34,11 @@ class FrozenNorm:
         """What the norm makes of a part of its input, but for s and the bias."""
         return self._centred(part) * self._weight
 
+    def pulled_back(self, slope: Any) -> Any:
+        """Of a slope by what the norm gives, that by its input, but for s: `direction` transposed,
+        for taking the mean off is its own transpose."""
+        return self._centred(slope * self._weight)
+
     def _centred(self, x: Any) -> Any:
         return x - x.mean(-1, keepdim=True) if self._centres else x
 
