@@ -39,7 +39,7 @@ tour: $(SETUP)
 # Every seeded fault in every model: what is caught, and how near the localisation comes. Goes on
 # where a run of the same code was stopped.
 fault-campaign: $(SETUP)
-	$(BIN)/python tools/seed_faults.py --resume --output build/faults --document docs/faults.md
+	$(BIN)/python tools/seed_faults.py --resume --jobs 2 --output build/faults --document docs/faults.md
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -128,7 +128,7 @@ def suggested(stimuli: Sequence[Stimulus]) -> str:
             "--raise or --lower"
         )
     first = next(iter(answers))
-    languages = {code for s in stimuli for code in (s.answers or {}).get("language", ())}
+    languages = {"en", *(code for s in stimuli for code in (s.answers or {}).get("language", ()))}
     if first == "language":
         return f"line_pass_rate:{','.join(sorted(languages))}"
     return f"answer_rate:{first}"

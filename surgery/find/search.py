@@ -58,7 +58,7 @@ class Search:
         trials = () if top is not None else self._sizes(ranking)
         size = top if top is not None else _best(trials, lab.goal).size
         if size > len(ranking.rows):
-            raise FindError(f"--top {size}: there are {len(ranking.rows)} {finder.kind}")
+            raise FindError(f"--top {size}: {len(ranking.rows)} {finder.kind} can be proposed")
         chosen = tuple(range(size))
         proposal = finder.propose(lab, ranking, chosen)
         held_out = Trials.of(lab, self.prompts.holdout, TARGET, {lab.goal.name: lab.goal.metric})

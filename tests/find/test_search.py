@@ -214,7 +214,7 @@ def test_too_few_prompts_choose_no_number(case: Case) -> None:
 
 
 def test_more_than_there_are_cannot_be_taken(case: Case) -> None:
-    refused(case, FindError, "--top 13: there are 12", top=13)
+    refused(case, FindError, "--top 13: 12 given can be", top=13)
 
 
 def test_a_goal_that_says_nothing_about_the_prompts_is_refused(case: Case) -> None:

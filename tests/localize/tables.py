@@ -13,7 +13,7 @@ from tests.localize.outcomes import CATCH, CLEAN, EDIT, NOT_MADE, Outcome, mutan
 HEAD = f"""# Seeded faults
 
 Faults planted in exports, each judged by `surgery diff` and localised. This file is written by
-`make fault-campaign` (about an hour on one core; `python tools/seed_faults.py --resume` goes on
+`make fault-campaign` (an hour and more on two cores; `python tools/seed_faults.py --resume` goes on
 where a run was stopped, `--jobs N` takes N models at a time, `--model` and `--fault` only some).
 
 *Effect*: the largest difference between the mutant's outputs and the clean export's, in units of
@@ -29,7 +29,6 @@ WHY: dict[str, str] = {
     "rotary base": "a head of one frequency, which is 1 whatever the base",
     "scaled 0.2%": "a norm follows, which undoes any scale",
     "NaN under padding": "the numbers at real positions are right; those at padding are told",
-    "key cache under another name": "caches of unknown names are taken in the graph's order",
 }
 """Why a fault may have hardly any effect."""
 
