@@ -87,8 +87,8 @@ class Search:
             self.lab.progress("how many", done, len(sizes))
             plan = self.planner.plan(self.finder.propose(self.lab, ranking, range(size)))
             changes = {change.metric: change.change for change in trials.changes(plan)}
-            finer = next((changes[name] for name in _finer(goal)), None)
-            found.append(Trial(size, changes[goal.name], finer))
+            finer = next((changes[name] for name in _finer(goal) if name in changes), None)
+            found.append(Trial(size, changes.get(goal.name, math.nan), finer))
         return tuple(found)
 
     def _effect(self, held_out: Trials, proposal: Proposal) -> Change:
