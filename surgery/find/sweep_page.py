@@ -11,7 +11,7 @@ from surgery.find.sweep import Point, Sweep
 from surgery.report.cells import Table, make_table, number, signed
 from surgery.report.html import page
 
-LEFT, RIGHT, TOP, BOTTOM = 90.0, 1060.0, 20.0, 380.0
+LEFT, RIGHT, TOP, BOTTOM = 90.0, 1020.0, 20.0, 380.0
 """The plot's frame, in picture units."""
 
 TICKS = 5
@@ -40,7 +40,7 @@ class Plot:
 
 def sweep_table(sweep: Sweep) -> Table:
     """A row for each point, in the order they were asked for."""
-    costs = [cost.metric for cost in sweep.points[0].costs]
+    costs = [f"{cost.metric}, preserve" for cost in sweep.points[0].costs]
     goal = sweep.points[0].effect
     headers = ("strength", "top", goal.metric, "change", "95 % interval", *costs, "")
     rows = (
