@@ -191,4 +191,5 @@ def validate(
 def _measured(run: Comparison) -> tuple[Evidence, dict[str, Lineage]]:
     asked = run.asked
     evidence = measure(run.pairs, asked.task, asked.workload, run.limits, run.progress)
+    run.progress("lineage")
     return evidence, lineages_of(run)

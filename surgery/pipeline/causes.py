@@ -21,7 +21,6 @@ Lineages = Mapping[str, Lineage]
 
 def lineages_of(run: Comparison) -> dict[str, Lineage]:
     """What every initializer of each edge's graph is."""
-    run.progress("lineage")
     return {
         edge: trace(pair.onnx, pair.model, initializers=pair.initializers)
         for edge, pair in run.pairs.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -29,28 +29,34 @@ def judged(
     aa: bool = False,
 ) -> Report:
     """The report of a comparison; the other options are `diff`'s."""
-    with ThreadPoolExecutor(1) as beside:  # digests read every byte: the first corner need not wait
+    with ThreadPoolExecutor(2) as beside:  # both read every byte: the first corner need not wait
         files = beside.submit(read.described, run.pairs)
-        evidence, workload = _measured(run, policy, stream, budget, aa)
+        lineages = beside.submit(lineages_of, run)
+        evidence, workload = _measured(run, policy, lineages.result, stream, budget, aa)
         task = {"task": run.asked.task.name, **workload.describe()}
         inputs = {**files.result(), "workload": task}
     return Report.build(evidence, judge(evidence, policy), policy, versions(), inputs)
 
 
 def _measured(
-    run: Comparison, policy: Policy, stream: bool, budget: float | None, aa: bool
+    run: Comparison,
+    policy: Policy,
+    lineages: Callable[[], Lineages],
+    stream: bool,
+    budget: float | None,
+    aa: bool,
 ) -> tuple[Evidence, Workload]:
-    lineages = lineages_of(run)
     if stream:
-        pairs = {edge: streamed(pair, lineages[edge]) for edge, pair in run.pairs.items()}
+        run.progress("lineage")
+        pairs = {edge: streamed(pair, lineages()[edge]) for edge, pair in run.pairs.items()}
         run = replace(run, pairs=pairs)
     asked = run.asked
     found = explore(
         run.pairs, asked.task, asked.workload, policy, run.limits, run.progress, budget, aa
     )
     run = replace(run, asked=replace(asked, workload=found.workload))
-    evidence = with_stale(run, lineages, found.evidence)
-    return _explained(run, lineages, evidence, policy, stream), found.workload
+    evidence = with_stale(run, lineages(), found.evidence)
+    return _explained(run, lineages(), evidence, policy, stream), found.workload
 
 
 def with_stale(run: Comparison, lineages: Lineages, evidence: Evidence) -> Evidence:
