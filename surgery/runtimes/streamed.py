@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from surgery.export.quiet import quiet
 from surgery.runtimes.interface import ModelRef, Runtime, stream_file
 from surgery.runtimes.lockstep import Lockstep
 
-_ARENAS, _MAPPED = -8, -3
-"""glibc's names of what `mallopt` sets: M_ARENA_MAX and M_MMAP_THRESHOLD."""
+_ARENAS, _MAPPINGS, _MAPPED, _PAD, _TRIM = -8, -4, -3, -2, -1
+"""glibc's names of what `mallopt` sets: M_ARENA_MAX, M_MMAP_MAX, M_MMAP_THRESHOLD, M_TOP_PAD and
+M_TRIM_THRESHOLD."""
 
 
 class Streamed(Runtime):
@@ -31,7 +32,7 @@ class Streamed(Runtime):
         self._lockstep = Lockstep(self._change)
         self._streams: Path | None = None
         self._first = 0
-        _give_back()
+        _give_back() if model.cuts else _reuse()
 
     @abstractmethod
     def _change(self, part: Any) -> None:
@@ -61,7 +62,17 @@ class Streamed(Runtime):
 def _give_back() -> None:
     """Has the C library give memory back when it is freed: the weights of one part would else be
     kept beside those of the next, and by each thread for itself."""
+    _allocate({_ARENAS: 1, _MAPPED: 1 << 20})
+
+
+def _reuse() -> None:
+    """Has the C library use memory again that is freed: where a run need not fit a whole model's
+    size, every page would else be asked for, and zeroed, once for each part and each batch."""
+    _allocate({_ARENAS: 1, _MAPPINGS: 0, _PAD: 64 << 20, _TRIM: (1 << 31) - 1})
+
+
+def _allocate(options: Mapping[int, int]) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_ARENAS, 1)
-        mallopt(_MAPPED, 1 << 20)
+        for name, value in options.items():
+            mallopt(name, value)
