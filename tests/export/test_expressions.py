@@ -26,7 +26,6 @@ from surgery.export.expressions import (
     Stack,
     Tensor,
     Transpose,
-    bands,
     from_json,
     item,
     kinds,
@@ -169,7 +168,7 @@ def test_bands_cover_every_row_once_and_keep_to_the_limit(
 ) -> None:
     shape = expression.shape(checkpoint)
     row = math.prod(shape[1:]) * expression.dtype(checkpoint).itemsize
-    found = list(bands(expression, checkpoint, limit))
+    found = list(expression.bands(checkpoint, limit))
     assert [row for start, stop in found for row in range(start, stop)] == list(range(shape[0]))
     assert all((stop - start) * row <= max(limit, row) for start, stop in found)
 
