@@ -323,17 +323,15 @@ def sweep_strength(
     """What a recipe does and costs at several strengths (1: as it is), or with the first so many
     addresses of each edit, or at each of both; by default at six strengths."""
     from surgery.find.opening import Asked
-    from surgery.find.run import silent
-    from surgery.find.run import sweep as run
+    from surgery.find.run import silent, sweep
     from surgery.find.sweep import STRENGTHS, Setting
 
     name, sign = _goal(raised, lowered)
     asked = Asked(Path(model), (), _paths(stimuli), name, sign, seed=seed)
     wanted = strengths or ((1.0,) if tops else STRENGTHS)
     settings = [Setting(strength, top) for top in tops or (None,) for strength in wanted]
-    return run(
-        Path(recipe), asked, settings, allow_outside=allow_outside, progress=progress or silent
-    )
+    told = progress or silent
+    return sweep(Path(recipe), asked, settings, allow_outside=allow_outside, progress=told)
 
 
 def gate(report: Report | AnyPath, policy: Policy | AnyPath | None = None) -> Verdict:
