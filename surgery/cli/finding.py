@@ -130,7 +130,7 @@ def _with(command: Any, *options: Any) -> Any:
     type=click.Choice(["last", "all"]),
     default="last",
     show_default=True,
-    help="Where a head's output is exchanged.",
+    help="Where path exchanges a head's output; all is a slow check with the same numbers.",
 )
 def heads(**given: Any) -> None:
     """Attention heads, by path patching (PH3, arXiv 2402.18154).

@@ -76,7 +76,7 @@ class Components(Finder):
         factor = FACTORS[self.on] if self.factor is None else self.factor
         if self.on == LM_HEAD:
             numbers = ranking.column("component")
-            named = sorted(int(numbers[index]) for index in chosen)
+            named = [int(numbers[index]) for index in chosen]
             entry = {"op": "lm_head_spectrum", "components": named, "factor": factor}
             return Proposal((entry,), untie=lab.arch.tied)
         return Proposal(tuple(self._entries(ranking, chosen, factor)))
@@ -183,7 +183,7 @@ class Components(Finder):
     def _entries(
         self, ranking: Ranking, chosen: Sequence[int], factor: float
     ) -> list[Mapping[str, Any]]:
-        """One entry for each head, its components in order."""
+        """One entry for each head, heads and components in the order of the ranking."""
         by_head: dict[Head, list[int]] = {}
         for index in chosen:
             layer, head, component = (int(number) for number in ranking.rows[index][:3])
@@ -193,11 +193,11 @@ class Components(Finder):
                 "op": "head_spectrum",
                 "heads": [str(head)],
                 "circuit": "ov",
-                "components": sorted(components),
+                "components": components,
                 "factor": factor,
                 "fold_norm": self.fold_norm,
             }
-            for head, components in sorted(by_head.items())
+            for head, components in by_head.items()
         ]
 
 

@@ -92,7 +92,7 @@ class Features(Finder):
         features = ranking.column("feature")
         entry = self._entry(
             Point(int(ranking.facts["layer"]), str(ranking.facts["site"])),
-            sorted(int(features[index]) for index in chosen),
+            [int(features[index]) for index in chosen],
         )
         return Proposal((entry,), untie=lab.arch.tied and entry["patch"] in ON_WRITERS)
 

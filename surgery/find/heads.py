@@ -31,6 +31,7 @@ from surgery.find.scores.head_effects import (
     path_effects,
 )
 from surgery.find.scores.patching import Patching, Recorded
+from surgery.find.tables import by_score
 
 POSITIONS = ("last", "all")
 Scores = NDArray[np.float64]
@@ -59,14 +60,11 @@ class Heads(Finder):
         )
         effects = self._effects(lab, found.pairs)
         own = effects[self.method]
-        places = np.ndindex(*own.shape[:2])
-        rows = [
-            (float(layer), float(head), float(raised - rival), float(raised), float(rival))
-            for (layer, head), (raised, rival) in zip(places, own.reshape(-1, 2), strict=True)
-        ]
-        rows.sort(key=lambda row: -row[2])
-        columns = ("layer", "head", "score", "raised", "rival")
-        return Ranking(columns, tuple(rows), facts=self._facts(names, found, effects))
+        layers, heads = np.indices(own.shape[:2]).reshape(2, -1)
+        raised, rival = own.reshape(-1, 2).T
+        named = {"score": raised - rival, "raised": raised, "rival": rival}
+        columns = {"layer": layers, "head": heads, **named}
+        return by_score(columns, self._facts(names, found, effects))
 
     def propose(self, lab: Lab, ranking: Ranking, chosen: Sequence[int]) -> Proposal:
         layers, heads = ranking.column("layer"), ranking.column("head")

@@ -128,7 +128,8 @@ class Finder(ABC):
 
     @abstractmethod
     def propose(self, lab: Lab, ranking: Ranking, chosen: Sequence[int]) -> Proposal:
-        """The edit of the candidates at the indices `chosen` of the ranking."""
+        """The edit of the candidates at the indices `chosen` of the ranking, in that order: what a
+        recipe lists first is what a sweep over fewer addresses keeps."""
 
     def draw(
         self, lab: Lab, ranking: Ranking, chosen: Sequence[int], generator: np.random.Generator

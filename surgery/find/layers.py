@@ -56,7 +56,7 @@ class Layers(Finder):
 
     def propose(self, lab: Lab, ranking: Ranking, chosen: Sequence[int]) -> Proposal:
         numbers = ranking.column("layer")
-        layers = sorted(int(numbers[index]) for index in chosen)
+        layers = [int(numbers[index]) for index in chosen]
         entry = {"op": "layers", "layers": layers, "factor": 0.0, "part": self.part}
         return Proposal((entry,), ranking.arrays)
 
@@ -94,8 +94,8 @@ class Layers(Finder):
         if self.method == "logit_lens":
             return None, {}, {}
         if self.lens is not None:
-            loaded = load_lens(Path(self.lens), lab.arch.layers, lab.arch.width)
-            return loaded, {"lens": f"sha256:{sha256_file(Path(self.lens))}"}, {}
+            loaded = load_lens(self.lens, lab.arch.layers, lab.arch.width)
+            return loaded, {"lens": f"sha256:{sha256_file(self.lens)}"}, {}
         rows = tuple(token_rows(lab, lab.train))
         lens = fit(lab, stream, Training(rows, self.steps, self.rate, lab.seed))
         told = {"prompts": len(rows), "steps": self.steps, "rate": self.rate, "seed": lab.seed}

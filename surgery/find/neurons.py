@@ -148,5 +148,5 @@ def _ranking(
 
 
 def _proposal(neurons: Iterable[Neuron]) -> Proposal:
-    addresses = [str(neuron) for neuron in sorted(neurons)]
-    return Proposal(({"op": "neurons", "neurons": addresses, "factor": 0.0},))
+    named = [str(neuron) for neuron in neurons]
+    return Proposal(({"op": "neurons", "neurons": named, "factor": 0.0},))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from surgery.checkpoint.staging import refuse_inside
 from surgery.errors import OutputError
+from surgery.find.interface import Ranking
 from surgery.find.recipes import recipe_text, save_tensors
 from surgery.find.result import Found
 from surgery.report.model import plain
@@ -62,7 +63,7 @@ class Outputs:
         with tempfile.TemporaryDirectory(prefix=f".{self.recipe.name}.", dir=folder) as staging:
             staged = Path(staging)
             texts = {
-                self.table: _table(found),
+                self.table: table_of(found.ranking),
                 self.figures: _json(found),
                 self.recipe: recipe_text(found.proposal, folder, _heading(found)),
             }
@@ -99,10 +100,10 @@ def _json(found: Found) -> str:
     return json.dumps(plain(found.to_json()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _table(found: Found) -> str:
+def table_of(ranking: Ranking) -> str:
     """Every candidate, the best first; numbers as Python writes them, which read back exactly."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(found.ranking.columns)
-    writer.writerows(found.ranking.rows)
+    writer.writerow(ranking.columns)
+    writer.writerows(ranking.rows)
     return text.getvalue()

@@ -60,7 +60,7 @@ def made(found: type[Metric], given: Sequence[Any]) -> Metric:
         return call(*given)
     except SurgeryError:
         raise
-    except Exception as error:
+    except Exception as error:  # a package's own code may raise anything; ours is let through
         if not found.origin:
             raise
         raise _broken(found.origin, found.__name__, f"{type(error).__name__}: {error}") from error

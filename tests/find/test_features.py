@@ -352,7 +352,7 @@ def test_a_proposal_is_a_recipe_entry_that_names_the_hook(zoo: Zoo, tmp_path: Pa
     finder = Features(sae=tmp_path / "sae")
     ranking = finder.rank(lab)
     proposal = finder.propose(lab, ranking, [2, 0])
-    best = sorted(int(ranking.column("feature")[index]) for index in (2, 0))
+    best = [int(ranking.column("feature")[index]) for index in (2, 0)]
     assert [dict(entry) for entry in proposal.entries] == [{
         "op": "sae", "sae": tmp_path / "sae", "features": best, "patch": "orthogonalize",
         "strength": 1.0, "hook": "blocks.1.hook_resid_post",

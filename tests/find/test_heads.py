@@ -13,11 +13,13 @@ import torch
 from surgery.arch import identify
 from surgery.checkpoint import Checkpoint
 from surgery.edits.heads import HeadsFields
+from surgery.edits.selection import read_scores
 from surgery.errors import FindError
 from surgery.find import FINDERS
 from surgery.find.heads import Heads
 from surgery.find.interface import Goal, Lab, Ranking
 from surgery.find.journal import Journal
+from surgery.find.outputs import table_of
 from surgery.find.scores.patching import Patching
 from surgery.metrics import make_metric
 from surgery.runtimes.interface import ModelRef
@@ -219,6 +221,13 @@ def test_a_proposal_is_a_recipe_entry_that_zeroes_the_heads(lab: Lab) -> None:
     fields = HeadsFields.model_validate(entry)
     assert fields.heads == ["L2H1", "L0H3"]
     assert fields.factor == 0.0
+
+
+def test_a_recipe_reads_the_file_of_every_head(lab: Lab, tmp_path: Path) -> None:
+    ranking = Heads(method="direct").rank(lab)
+    (tmp_path / "heads.csv").write_text(table_of(ranking))
+    read = read_scores(tmp_path / "heads.csv", ("layer", "head"))
+    assert read == [((row[0], row[1]), row[2]) for row in ranking.rows]
 
 
 def test_the_registry_has_it() -> None:

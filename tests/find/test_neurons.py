@@ -146,7 +146,7 @@ def test_the_area_tells_target_from_preserved_prompts(make: Make) -> None:
 
 def test_the_proposal_sets_the_chosen_neurons_to_zero(make: Make, ranking: Ranking) -> None:
     proposal = Neurons().propose(make(), ranking, [2, 0])
-    chosen = sorted((int(r[0]), int(r[1])) for r in (ranking.rows[0], ranking.rows[2]))
+    chosen = [ranking.rows[index][:2] for index in (2, 0)]
     addresses = [f"L{layer}N{neuron}" for layer, neuron in chosen]
     assert proposal == Proposal(({"op": "neurons", "neurons": addresses, "factor": 0.0},))
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from surgery import api
+from surgery.cli import main
 from surgery.errors import FindError, InputError, OutputError
 from surgery.find import FINDERS
 from surgery.find import opening as opening_module
@@ -235,6 +236,35 @@ def test_files_of_others_and_checkpoints_are_not_written_over(case: Case) -> Non
             holdout=[case.root / "holdout.jsonl"],
         )
     assert not (MODEL / "r.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("holdout", "more", "code", "words"),
+    [
+        ("holdout", (), 0, "ABOVE CHANCE"),
+        ("few", (), 1, "NO BETTER: the 95 % interval"),
+        ("holdout", ("--top", "17"), 2, "16 heads can be proposed"),
+        ("holdout", ("--method", "all"), 2, "'all' is not one of"),
+    ],
+)
+def test_the_command_exits_by_what_it_found(
+    case: Case,
+    holdout: str,
+    more: tuple[str, ...],
+    code: int,
+    words: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    few = (case.root / "holdout.jsonl").read_text().splitlines()[:5]
+    (case.root / "few.jsonl").write_text("\n".join(few))
+    prompts = ("--train", case.root / "train.jsonl", "--holdout", case.root / f"{holdout}.jsonl")
+    output = ("--top", "1", "--output", case.root / "r.yaml", *more)
+    words_given = ["surgery", "find", "heads", "--model", MODEL, *prompts, *output]
+    with patch("sys.argv", list(map(str, words_given))), pytest.raises(SystemExit) as ended:
+        main()
+    said = capfd.readouterr()
+    assert ended.value.code == code and words in said.out + said.err
+    assert (case.root / "r.yaml").exists() == (code < 2)
 
 
 def outcome(change: float, low: float, high: float, draws: Sequence[float], sign: int = 1) -> Found:
